@@ -47,16 +47,18 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     choice = from_flags(ModelChoice, args)
     from convert.adapters.adapter import open_adapter, save_adapter, stored_tensors
+    from convert.adapters.tensors import find_layout
     from convert.loading.folder import fingerprint
     from convert.writing.destination import new_destination
 
     folder, _ = options.open_source(choice, args.base)
     form = {"force": args.force_adapter, "family": choice.family}
     adapter = open_adapter(args.source, folder, **form)
-    if adapter.layout == args.layout:  # nothing is to be divided or joined
+    layout = find_layout(folder.config, args.layout)
+    if adapter.layout == layout:  # nothing is to be divided or joined
         adapter = open_adapter(args.source, folder, apart=True, **form)
     adapter = dataclasses.replace(adapter, base=fingerprint(folder))
-    tensors, _ = stored_tensors(adapter, args.layout)
+    tensors, _ = stored_tensors(adapter, layout)
     size = sum(array.nbytes for array in tensors.values())
     for line in (*folder.notes, *adapter.notes):
         note(line)
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> None:
 
     def save(progress: Callable[[int, int], None]) -> None:
         with new_destination(args.destination, needed=size, source=source) as temporary:
-            save_adapter(temporary, adapter, layout=args.layout)
+            save_adapter(temporary, adapter, layout=layout)
 
     form = f"layout {args.layout}: {listed}"
     options.write(save, args.destination, size, form, dry_run=args.dry_run, source=source)

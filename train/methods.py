@@ -13,6 +13,7 @@ import numpy as np
 
 from convert import Checkpoint, load_checkpoint
 from convert.adapters.adapter import Adapter, open_adapter, save_adapter
+from convert.adapters.tensors import layouts_of
 from convert.loading.folder import Folder
 from convert.writing.own import save_checkpoint
 from glm2_jax.cli.model_choice import ModelChoice
@@ -142,7 +143,8 @@ def _first_adapter(folder: Folder, recipe: Recipe) -> Adapter:
             "dropout": options.dropout, "rslora": options.rslora,
         }  # fmt: skip
         lora = init_lora(folder.config, jax.random.key(recipe.training.seed), **new)
-        return Adapter(lora=lora, rslora=bool(options.rslora))
+        official = layouts_of(folder.config)[0].name
+        return Adapter(lora=lora, rslora=bool(options.rslora), official=official)
     form = {"family": recipe.choice.family, "force": options.force_adapter, "apart": True}
     found = open_adapter(options.init_adapter, folder, **form)
     _refuse_contradictions(found, options, folder.config.num_layers)

@@ -81,8 +81,10 @@ def loss_sum(
     no position before it and must not be learned. Logits exist for a few positions at a time, also
     in the backward pass.
     """
+    # With blanks the model finds the positions in the tokens.
+    given = None if config.block.bidirectional else batch.positions
     x = hidden(
-        config, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids,
+        config, params, batch.tokens, positions=given, segment_ids=batch.segment_ids,
         lora=lora, dropout_key=dropout_key, noise=noise, remat=remat,
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ from convert.adapters.tensors import (
     Shape,
     check_finite,
     join_tensors,
+    layouts_of,
     on_host,
     split_arrays,
     used_ranks,
@@ -63,6 +64,7 @@ class Adapter:
     source: str = ""  # the folder that it came from
     digest: str = ""  # sha256 of its stored arrays
     layout: str = "chatglm"  # the names of the matrices in its folder; see `save_adapter`
+    official: str = "chatglm"  # the layout of the official folders of its model
     # What its folder consists of, if `lora` was read apart for training: it is written as it was,
     # and only `Shape.effective` turns `lora` into the adapter.
     shape: Shape | None = None
@@ -169,6 +171,7 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig, *, apart: bool = 
         source=str(folder),
         digest=digest,
         layout=shape.layout.name,
+        official=layouts_of(config)[0].name,
         shape=shape if apart else None,
         notes=tuple(notes),
     )
@@ -269,7 +272,7 @@ def stored_tensors(
     if shape is not None and layout in (None, shape.layout.name):
         targets = {"target_modules": list(shape.layout.usual)} | dict(shape.selection)
         return split_arrays(on_host(lora), shape.layout, shape.ranks), targets
-    known = LAYOUTS[layout or "chatglm"]
+    known = LAYOUTS[layout or adapter.official]
     arrays = on_host(lora if shape is None else shape.effective(lora))
     ranks = used_ranks(arrays, known)
     return split_arrays(arrays, known, ranks), _selection(adapter, known, ranks)

@@ -16,10 +16,10 @@ import numpy as np
 from flax.core import FrozenDict
 
 from convert.files.tensor import StoredTensor
-from convert.layouts.names import CHATGLM, FLOATS, GLM, PUBLISHED, Rule
+from convert.layouts.names import BLANK_FILLING, CHATGLM, FLOATS, GLM, PUBLISHED, Rule
 from convert.layouts.peft_config import CONFIG, Choice, PeftConfig
 from glm2_jax.config import GLMConfig
-from glm2_jax.errors import CheckpointError
+from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.lora import TARGETS, LoRA, adapter_shapes
 from glm2_jax.runtime.gather import gathered
 from glm2_jax.schemes import EMBEDDINGS
@@ -98,8 +98,32 @@ def _layout(name: str, rules: Sequence[Rule], usual: tuple[str, ...] = ()) -> La
 LAYOUTS = {
     "chatglm": _layout("chatglm", PUBLISHED, ("query_key_value",)),
     "glm": _layout("glm", GLM),
+    # ChatGLM-6B and GLM have the same names, but B has its rows in another order.
     "chatglm-6b": _layout("chatglm-6b", CHATGLM, ("query_key_value",)),
+    "glm-base": _layout("glm-base", BLANK_FILLING, ("query_key_value",)),
 }
+_ONLY = {"chatglm": "chatglm-6b", "glm": "glm-base", "glm4-0414": "glm"}  # family -> its one layout
+
+
+def layouts_of(config: GLMConfig) -> tuple[Layout, ...]:
+    """Return the layouts that a model's adapters may have, its official one first."""
+    names = (_ONLY[config.family],) if config.family in _ONLY else ("chatglm", "glm")
+    return tuple(LAYOUTS[name] for name in names)
+
+
+def find_layout(config: GLMConfig, asked: str) -> str:
+    """Return the layout that one of `choices.LAYOUTS` means for a model; UsageError if it has none
+    of that kind."""
+    names = [layout.name for layout in layouts_of(config)]
+    if asked == "chatglm":
+        return names[0]
+    if asked not in names:
+        raise UsageError(
+            f"An adapter of a {config.family} model cannot be written as --layout {asked}.",
+            "GlmForCausalLM computes another network, and has none of its matrices.",
+            "Use --layout chatglm.",
+        )
+    return asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +248,7 @@ def join_tensors(
             shape or type.
     """
     adapted = {match[1] for match in map(_STORED.fullmatch, tensors) if match}
-    known = [(layout, layout.places(config.num_layers)) for layout in LAYOUTS.values()]
+    known = [(layout, layout.places(config.num_layers)) for layout in layouts_of(config)]
     layout, places = max(known, key=lambda x: len(adapted & x[1].keys()))
     chosen = peft.choose(list(places), ends=layout.ends, usual=layout.usual)
     _refuse_ends(path, layout, tensors, chosen)

@@ -8,10 +8,9 @@ from glm2_jax.errors import UsageError
 from glm2_jax.published import NATIVE, form_of, write_fields
 
 
-def native_config(config: GLMConfig, dtype: str, stops: tuple[int, ...]) -> dict[str, Any]:
-    """Return the `config.json` of an HF-native folder; `stops` are the ids that end an answer."""
-    form = NATIVE.get(config.family)
-    if form is None:
+def check_native(config: GLMConfig) -> None:
+    """Refuse a model that the classes of transformers do not compute: UsageError."""
+    if config.family not in NATIVE:
         raise UsageError(
             f"A {config.family} model cannot be written as --layout glm.",
             "GlmForCausalLM computes another network: without LayerNorm, without biases of every "
@@ -24,8 +23,15 @@ def native_config(config: GLMConfig, dtype: str, stops: tuple[int, ...]) -> dict
             "GlmForCausalLM does not scale its queries, so its answers would differ.",
             "Use --layout chatglm.",
         )
+
+
+def native_config(config: GLMConfig, dtype: str, stops: tuple[int, ...]) -> dict[str, Any]:
+    """Return the `config.json` of an HF-native folder; `stops` are the ids that end an answer.
+
+    The model is one that `check_native` allows.
+    """
     return {
-        **write_fields(form, vars(config)),
+        **write_fields(NATIVE[config.family], vars(config)),
         "eos_token_id": _one_or_all(stops),
         "use_cache": True,
         "torch_dtype": dtype,

@@ -19,7 +19,7 @@ import sentencepiece
 
 from convert.files.safetensors_writer import Entry
 from convert.layouts.hf_tokenizer import CHAT_TEMPLATES, PREFIX, token_names
-from convert.layouts.names import INV_FREQ
+from convert.layouts.names import INV_FREQ, has_frequencies
 from convert.loading.folder import Folder
 from convert.writing.destination import new_destination
 from convert.writing.floats import Progress
@@ -28,6 +28,7 @@ from glm2_jax.choices import GGUF_TYPES
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.lora import LoRA
 from glm2_jax.text.prompt import stop_ids
+from glm2_jax.text.ranks import Ranks
 from glm2_jax.text.tokenizer import Tokenizer
 
 # Q8_0 stores 32 numbers of a row as int8 and a float16 scale.
@@ -98,6 +99,12 @@ def gguf_tensors(source: Folder, kind: str, lora: LoRA | None = None) -> list[Te
     if kind not in GGUF_TYPES:
         raise UsageError(f"unknown type {kind!r}.", f"Known: {', '.join(GGUF_TYPES)}.")
     config = source.config
+    if not has_frequencies(config):
+        raise UsageError(
+            f"A {config.family} model cannot be written as GGUF.",
+            "llama.cpp's architecture chatglm has the network of ChatGLM2, ChatGLM3 and GLM-4-9B.",
+            "Use convert.to_pytorch.",
+        )
     if config.logn_scaling:
         raise UsageError(
             "A model with logn_scaling cannot be written as GGUF.",
@@ -144,12 +151,8 @@ def _add_metadata(writer: Any, source: Folder, kind: str, vocabulary: "Vocabular
         "layer_norm_rms_eps": config.norm_eps,
         "rope_dimension_count": config.head_dim // 2,
         "rope_freq_base": config.rope_base * (1 if linear else config.rope_ratio),
-        "tokenizer_model": "llama",  # their name of SentencePiece's byte-pair encoding
-        "tokenizer_pre": "default",
         "token_list": vocabulary.texts,
-        "token_scores": vocabulary.scores,
         "token_types": vocabulary.types,
-        "unk_token_id": 0,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
         # A prompt begins with two ids, and llama.cpp adds one at most: the text has to hold them.
@@ -157,6 +160,14 @@ def _add_metadata(writer: Any, source: Folder, kind: str, vocabulary: "Vocabular
         "add_eos_token": False,
         "add_space_prefix": tokenizer.adds_dummy_prefix,
     }
+    if vocabulary.merges:
+        # Their names of a byte-level vocabulary, and of GLM-4's way to cut a text.
+        values |= {"tokenizer_model": "gpt2", "tokenizer_pre": "chatglm-bpe"}
+        values["token_merges"] = vocabulary.merges
+    else:
+        # Their name of SentencePiece's byte-pair encoding.
+        values |= {"tokenizer_model": "llama", "tokenizer_pre": "default", "unk_token_id": 0}
+        values["token_scores"] = vocabulary.scores
     if linear and config.rope_ratio != 1:
         values["rope_scaling_type"] = gguf.RopeScalingType.LINEAR
         values["rope_scaling_factor"] = config.rope_ratio
@@ -178,11 +189,27 @@ class Vocabulary(NamedTuple):
     texts: Sequence[str]  # unique
     scores: Sequence[float]  # the larger, the sooner two neighbors become this piece
     types: Sequence[int]  # of `gguf.TokenType`
+    merges: Sequence[str] = ()  # of a byte-level vocabulary, which has no scores
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     """Return the pieces, the special tokens after them, and the unused ids up to `size`; llama.cpp
     crashes if two ids have the same text, which is a CheckpointError."""
+    merges: list[str] = []
+    if tokenizer.families[0] == "glm4":
+        kinds = require_gguf().TokenType
+        rows = [(tokenizer.piece(i), 0.0, kinds.NORMAL) for i in range(tokenizer.num_pieces)]
+        merges = [
+            f"{left} {right}"
+            for left, right in Ranks(tokenizer.model_bytes, "tokenizer.model").merges()
+        ]
+    else:
+        rows = _pieces(tokenizer)
+    return _named(tokenizer, rows, merges, size)
+
+
+def _pieces(tokenizer: Tokenizer) -> list[tuple[str, float, int]]:
+    """Return text, score and type of every piece of a SentencePiece model."""
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     kinds = require_gguf().TokenType
     tests = {
@@ -196,6 +223,14 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     for i in range(len(model)):
         kind = next((kind for kind, test in tests.items() if test(i)), kinds.NORMAL)
         rows.append((model.id_to_piece(i), model.get_score(i), kind))
+    return rows
+
+
+def _named(
+    tokenizer: Tokenizer, rows: list[tuple[str, float, int]], merges: list[str], size: int
+) -> Vocabulary:
+    """Add the special and unused ids to the tokens of the vocabulary file."""
+    kinds = require_gguf().TokenType
     rows += [(f"[PAD{i}]", 0.0, kinds.UNUSED) for i in range(len(rows), size)]
     # Bare `sop` and `eop` would be found inside words: the parts of a word are joined to the text
     # of any entry.
@@ -207,9 +242,9 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
         raise CheckpointError(
             "The tokenizer cannot be written as GGUF.",
             f"Two of its ids have the text {twice!r}.",
-            "Check that tokenizer.model is the published file of the ChatGLM2 family.",
+            "Check that tokenizer.model is the published file of the model.",
         )
-    return Vocabulary(texts, scores, [int(number) for number in types_])
+    return Vocabulary(texts, scores, [int(number) for number in types_], merges)
 
 
 def export_gguf(
@@ -249,6 +284,7 @@ def export_gguf(
     total, done = sum(tensor.nbytes for tensor in tensors), 0
     # Of each id the length and the text, the score and the type.
     words = sum(8 + len(text.encode()) + 4 + 4 for text in vocabulary.texts)
+    words += sum(8 + len(pair.encode()) for pair in vocabulary.merges)
     with new_destination(destination, needed=total + words, file=True) as path:
         with contextlib.closing(writer):
             writer.write_header_to_file(path)

@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.files.safetensors_writer import Entry
 from convert.files.tensor import reading
-from convert.layouts.hf_config import generation_config, native_config
+from convert.layouts.hf_config import check_native, generation_config, native_config
 from convert.layouts.hf_tokenizer import tokenizer_files
 from convert.layouts.names import INV_FREQ, has_frequencies, rules_of
 from convert.loading.folder import OFFICIAL_SCHEMES, Folder
@@ -78,6 +78,14 @@ def plan_export(
     """Return what `export_folder` writes; it has the same arguments and errors."""
     if layout not in LAYOUTS:
         raise UsageError(f"unknown layout {layout!r}.", f"Known: {', '.join(LAYOUTS)}.")
+    if layout == "glm":
+        check_native(source.config)
+    elif source.config.family == "glm4-0414":
+        raise UsageError(
+            "A glm4-0414 model cannot be written as --layout chatglm.",
+            "Its official folders are those of Glm4ForCausalLM of transformers.",
+            "Use --layout glm.",
+        )
     kind = float_dtype(dtype or source.float_dtype)
     same_form = layout == "chatglm" and source.scheme in OFFICIAL_SCHEMES.values()
     scheme = source.scheme if same_form and lora is None and not dequantize else None
@@ -86,9 +94,10 @@ def plan_export(
     entries = plan_tensors(source, rules, kind, scheme, scale_dtype, lora)
     config, tokenizer = source.config, source.tokenizer
     if layout == "chatglm":
+        official = config.to_hf() | {"torch_dtype": kind.name}
         if has_frequencies(config):
             entries.insert(1, _frequencies(config, kind))
-        official = config.to_hf() | _OFFICIAL | {"torch_dtype": kind.name}
+            official |= _OFFICIAL
         if scheme is not None:
             official |= {"quantization_bit": scheme.bits, "quantization_embeddings": False}
         files = small_files(official, tokenizer)
