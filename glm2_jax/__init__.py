@@ -1,4 +1,4 @@
-"""ChatGLM2, ChatGLM3 and CodeGeeX2 as pure functions in JAX / Flax.
+"""The GLM family as pure functions in JAX / Flax.
 
 Names are imported when they are first used, so that `--help` of a tool does not wait for jax.
 """

@@ -1,4 +1,4 @@
-"""Answering with a ChatGLM2 checkpoint: sampling, the engine, and the command-line tools.
+"""Answering with a checkpoint of the GLM family: sampling, the engine, and the command-line tools.
 
 Names are imported when they are first used, so that `--help` does not wait for jax.
 """

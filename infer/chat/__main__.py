@@ -10,7 +10,7 @@ from infer import options
 from infer.engine.loops import LOOP_STOP_DEFAULT
 
 PROG = "python -m infer.chat"
-DESCRIPTION = """Holds a conversation with a ChatGLM2 or ChatGLM3 checkpoint. Input comes from a
+DESCRIPTION = """Holds a conversation with a ChatGLM or GLM-4 checkpoint. Input comes from a
 terminal, or one question a line from a pipe; then standard output holds only the answers, one a
 line, and an empty line after an answer of several lines (--json is exact). /help lists the
 commands.

@@ -12,7 +12,7 @@ from infer.engine.params import SamplingParams
 from infer.memory.cards import CARDS
 
 PROG = "python -m infer.generate"
-DESCRIPTION = """Answers a prompt with a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.
+DESCRIPTION = """Answers a prompt with a checkpoint of the GLM family: ChatGLM, CodeGeeX2 or GLM-4.
 
 The answer goes to standard output, everything else to standard error. Without a prompt, standard
 input is read if it is not a terminal.
@@ -47,7 +47,7 @@ class PromptOptions:
     )  # fmt: skip
     batch_file: str | None = flag(
         'JSON lines: {"prompt": ...}, optionally with id, history, system; or {"messages": '
-        "[...]} for ChatGLM3; bad lines are reported, the others are answered",
+        "[...]} for ChatGLM3 and GLM-4; bad lines are reported, the others are answered",
         type=path_argument, action=_Once, metavar="F", exclusive=True,
     )  # fmt: skip
     history: str | None = flag(
