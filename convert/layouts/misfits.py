@@ -39,8 +39,8 @@ _SIGNS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         r"^transformer\.layers\.\d+\.attention\.",
-        "those of the first-generation ChatGLM-6B, which is not supported",
-        "Use a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.",
+        "those of the first-generation ChatGLM-6B or of a GLM base model",
+        "Use the config.json of the same repository.",
     ),
     (
         r"^(v_head|summary|classifier_head|score)\.",

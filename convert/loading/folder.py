@@ -85,7 +85,7 @@ def open_folder(
         path: a folder, official (`.bin` or safetensors), HF-native, or written by this project.
         rope_kind: "linear" or "base", where the folder does not say what `rope_ratio` means.
         template: a prompt template instead of the family's.
-        family: "chatglm2", "chatglm3" or "codegeex2", whatever the folder says.
+        family: one of `choices.FAMILIES`, whatever the folder says.
 
     Raises:
         UsageError: a URL, an unknown rope kind, template or family.
@@ -96,13 +96,7 @@ def open_folder(
     with reading(folder):
         raw, manifest, found = _architecture(folder, rope_kind, template, family)
         weights = open_weights(folder, _named_weights(folder, raw))
-        if found.tokenizer is None:
-            raise CheckpointError(
-                f"{folder} holds no tokenizer.model.",
-                "Without the tokenizer's vocabulary, text cannot be turned into tokens (also "
-                f"known: {', '.join(VOCABULARY_FILES[1:])}, and {FAST} of GLM-4).",
-                "Download the file from the repository that the weights come from.",
-            )
+        _check_complete(folder, manifest, found, weights)
         tensors, native = weights.tensors, is_native(raw)
         if manifest is not None:
             layout, rules = "own", own_rules(found.config)
@@ -112,13 +106,6 @@ def open_folder(
             found = dataclasses.replace(found, config=config)
             layout = "HF-native glm" if native else "official"
             rules = rules_of(config, native=native)
-        own = {rule.full_name(0) for rule in own_rules(found.config)}
-        if manifest is None and own <= tensors.keys():
-            raise CheckpointError(
-                f"{folder} holds no {MANIFEST}.",
-                "Its tensors have the names of this project's own format, which needs that file.",
-                "Copy the file, too, or convert the source again.",
-            )
         try:
             matches = match_tensors(found.config, tensors, rules, found.scheme)
         except CheckpointError as error:
@@ -138,6 +125,26 @@ def open_folder(
         weights=weights,
         manifest=manifest,
     )
+
+
+def _check_complete(
+    folder: Path, manifest: Manifest | None, found: Architecture, weights: Weights
+) -> None:
+    """Refuse a folder without a tokenizer, or one of our own without its manifest."""
+    if found.tokenizer is None:
+        raise CheckpointError(
+            f"{folder} holds no tokenizer.model.",
+            "Without the tokenizer's vocabulary, text cannot be turned into tokens (also "
+            f"known: {', '.join(VOCABULARY_FILES[1:])}, and {FAST} of GLM-4).",
+            "Download the file from the repository that the weights come from.",
+        )
+    own = {rule.full_name(0) for rule in own_rules(found.config)}
+    if manifest is None and own <= weights.tensors.keys():
+        raise CheckpointError(
+            f"{folder} holds no {MANIFEST}.",
+            "Its tensors have the names of this project's own format, which needs that file.",
+            "Copy the file, too, or convert the source again.",
+        )
 
 
 def read_architecture(

@@ -47,11 +47,12 @@ def toy_engine(
     **kwargs: Any,
 ) -> Engine:
     """A new engine; nothing is compiled yet, but for what it may `share` with another."""
+    config = dataclasses.replace(config, family=family)
     checkpoint = SimpleNamespace(
-        config=dataclasses.replace(config, family=family),
+        config=config,
         params=toy_params() if params is None else params,
         tokenizer=Tokenizer.from_bytes(sp_model(), family),
-        template=template or family,
+        template=template or config.default_template,
         fingerprint="toy",
     )
     # Programs depend on shapes alone, the weights are an argument.

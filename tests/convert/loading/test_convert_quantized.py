@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import export_folder, load_checkpoint, save_checkpoint, verify_checkpoint
-from convert.layouts.names import PUBLISHED
+from convert.layouts.names import PUBLISHED, column_axes
 from convert.loading.folder import open_folder
 from convert.writing.own import plan_conversion
 from glm2_jax.errors import CheckpointError, UsageError
@@ -97,9 +97,9 @@ def test_quantized_while_loading_and_converting(tmp_path, name, embeddings, monk
     for part in parts_of(TINY):
         for layer in range(TINY.num_layers) if part.in_layers else (None,):
             found, weight = (leaf(x, part, layer) for x in (loaded.params, plain))
-            assert isinstance(found, QTensor) == part.quantized(scheme)
-            if part.quantized(scheme):
-                rows = np.asarray(weight).reshape(-1, np.prod(weight.shape[-part.column_axes :]))
+            assert isinstance(found, QTensor) == scheme.covers(part.name)
+            if scheme.covers(part.name):
+                rows = np.asarray(weight).reshape(-1, np.prod(weight.shape[-column_axes(part) :]))
                 values, scale = quantize(rows, scheme)
                 np.testing.assert_array_equal(found.values.reshape(values.shape), values)
                 np.testing.assert_array_equal(found.scale.reshape(scale.shape), scale)
@@ -192,7 +192,7 @@ def test_groups_of_the_scale_zero_in_our_own_format(tmp_path, monkeypatch):
     count = 0
     for part in parts_of(TINY):
         for layer in range(TINY.num_layers) if part.in_layers else (None,):
-            if part.quantized(SCHEMES["int4+embeddings"]):
+            if SCHEMES["int4+embeddings"].covers(part.name):
                 weight, plain = leaf(small, part, layer), leaf(floats, part, layer)
                 unpacked = np.asarray(dequantize(weight, len(weight.scale.shape) - 1))
                 np.testing.assert_array_equal(unpacked.reshape(plain.shape), plain)

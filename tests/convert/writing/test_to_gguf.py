@@ -3,10 +3,13 @@
 That llama.cpp runs such files is checked by `python -m tests.support.gguf_check`.
 """
 
+import itertools
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -28,6 +31,7 @@ from tests.support.checkpoints import (
     write_official,
 )
 from tests.support.commands import exit_code
+from tests.support.rank_file import rank_file
 from tests.support.sp_model import sp_model, without_dummy_prefix
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
@@ -300,3 +304,28 @@ def test_what_is_refused(tmp_path, capsys, monkeypatch):
     assert run(tmp_path / "nothing", tmp_path / "b.gguf", "--type", "f16") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and "pip install 'glm2-jax[gguf]'" in lines[2]
+
+
+def test_the_byte_level_vocabulary_of_glm4():
+    tokenizer = Tokenizer.from_bytes(rank_file(), "glm4")
+    found = gguf_layout.gguf_vocabulary(tokenizer, tokenizer.size + 2)
+    assert len(set(found.texts)) == len(found.texts) == tokenizer.size + 2
+    kinds = {name: found.types[i] for name, i in tokenizer.special.items()}
+    assert set(kinds.values()) == {gguf.TokenType.CONTROL}
+    ranks = {text: rank for rank, text in enumerate(found.texts)}
+    # Merging the pair with the lowest rank first, as llama.cpp does, gives the tokens of ours.
+    order = {tuple(pair.split(" ")): number for number, pair in enumerate(found.merges)}
+    for word in ("the", "world", "12"):
+        parts = list("".join(found.texts[byte] for byte in word.encode()))
+        while pairs := [pair for pair in itertools.pairwise(parts) if pair in order]:
+            left, right = min(pairs, key=order.__getitem__)
+            at = next(i for i in range(len(parts)) if parts[i : i + 2] == [left, right])
+            parts[at : at + 2] = [left + right]
+        assert [ranks[part] for part in parts] == tokenizer.encode(word)
+
+
+def test_families_that_llama_cpp_does_not_compute(tmp_path):
+    for family in ("chatglm", "glm", "glm4-0414"):
+        folder = SimpleNamespace(config=tiny_config(family=family))
+        with pytest.raises(UsageError, match=f"A {family} model cannot be written as GGUF"):
+            gguf_layout.gguf_tensors(cast(Any, folder), "f16", None)
