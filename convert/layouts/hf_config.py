@@ -28,8 +28,9 @@ def check_native(config: GLMConfig) -> None:
 def native_config(config: GLMConfig, dtype: str, stops: tuple[int, ...]) -> dict[str, Any]:
     """Return the `config.json` of an HF-native folder; `stops` are the ids that end an answer.
 
-    The model is one that `check_native` allows.
+    UsageError as of `check_native`.
     """
+    check_native(config)
     return {
         **write_fields(NATIVE[config.family], vars(config)),
         "eos_token_id": _one_or_all(stops),

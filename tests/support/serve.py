@@ -102,7 +102,8 @@ def _tokens(tokenizer: Tokenizer, text: str, row: Row) -> list[int]:
     ids = []
     for part in re.split(r"(<\|\w+\|>)", text):
         ids += [tokenizer.special[part]] if part in tokenizer.special else tokenizer.encode(part)
-    return [*ids, tokenizer.eos_id]
+    # Where the end token is ignored, there has to be another one.
+    return [*ids, *[tokenizer.eos_id] * 2048]
 
 
 def chunks(response: httpx.Response) -> list[dict[str, Any]]:
