@@ -18,7 +18,9 @@ from infer.serve.schema import Common
 from infer.serve.service import Service
 from infer.serve.stream import Stream
 
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}  # for the description of routes
+# For the description of routes: the schema of each event.
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAM = {"text/event-stream": {"schema": _EVENT}}
 
 
 async def respond(
