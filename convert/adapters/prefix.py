@@ -17,12 +17,13 @@ import numpy as np
 
 from convert.files.shards import WEIGHT_FILES, open_weights
 from convert.files.tensor import StoredTensor, reading
-from convert.layouts.names import FLOATS
+from convert.layouts.names import FLOATS, rules_of
 from convert.layouts.peft_config import peft_kind
 from convert.loading.checkpoint import Checkpoint
 from convert.loading.values import cast
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
+from glm2_jax.parts import TABLE
 from glm2_jax.prefix import Prefix, with_prefix
 
 _ENCODER = "transformer.prefix_encoder."
@@ -66,7 +67,9 @@ def load_prefix(folder: str | os.PathLike, config: GLMConfig) -> FoundPrefix:
     # [P, 2 L K H] -> [L, P, K, H], the keys of a layer before its values.
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
     encoded = _encode(path, tensors).reshape(-1, L, 2, K, H).swapaxes(0, 1)
-    k, v = (np.ascontiguousarray(encoded[:, :, which]) for which in (0, 1))
+    rule = next(rule for rule in rules_of(config) if TABLE["k"] in rule.parts)
+    k = np.ascontiguousarray(encoded[:, :, 0][..., rule.dimensions(H)])
+    v = np.ascontiguousarray(encoded[:, :, 1])
     notes = tuple(f"prefix {path}: {note}" for note in notes)
     return FoundPrefix(k, v, str(path), _digest(tensors), notes)
 

@@ -69,11 +69,17 @@ class Rule:
             else:
                 rows = np.arange(start, start + heads * size).reshape(heads, size)
             if self.halves and part.name[0] in "qk":
-                pairs = np.arange(size).reshape(self.halves, 2, -1).swapaxes(1, 2)
-                rows = rows[:, pairs.reshape(-1)]  # 0, R / 2, 1, R / 2 + 1, ...
+                rows = rows[:, self.dimensions(size)]
             found.append(rows.reshape(-1))
             start += heads * size
         return np.concatenate(found)
+
+    def dimensions(self, size: int) -> np.ndarray:
+        """Return the stored dimension of each of ours in a head of that size, for q and k."""
+        if not self.halves:
+            return np.arange(size)
+        sections = np.arange(size).reshape(self.halves, 2, -1)
+        return sections.swapaxes(1, 2).reshape(-1)  # 0, R / 2, 1, R / 2 + 1, ...
 
     @property
     def column_axes(self) -> int:

@@ -2,15 +2,23 @@
 
 import functools
 import math
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from convert.layouts.names import rules_of
+from convert.adapters.prefix import load_prefix
+from convert.files.shards import open_weights
+from convert.layouts.names import match_tensors, rules_of, tied_head
+from convert.loading.params import load_params
 from glm2_jax import GLMConfig, KVCache
+from glm2_jax.prefix import Prefix, with_prefix
+from glm2_jax.quant import QTensor
+from glm2_jax.schemes import SCHEMES
 from tests.support.shared_data import shared_path
 from tests.support.toy import jit_forward
 
@@ -211,3 +219,87 @@ def test_the_table_says_what_was_published():
     block = chatglm_config().block
     assert block.residual_scale == pytest.approx(7.483314773547883) == math.sqrt(2 * 28)
     assert (block.mlp_inputs, glm4_config("glm4").block.mlp_inputs) == (1, 2)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "int4_qe"])
+@pytest.mark.parametrize("kept", [True, False], ids=["quantized", "dequantized"])
+def test_quantized_chatglm_6b(tmp_path, form, kept):
+    """The published quantized tensors, by the loader, as they are and dequantized."""
+    base, arrays = stored("chatglm6b_tiny"), stored("chatglm6b_tiny_quant")
+    quantized = weights_of(arrays, f"{form.removesuffix('_qe')}/sd/")
+    quantized |= weights_of(arrays, f"{form}/sd/")
+    tensors = weights_of(base) | quantized
+    name = {"int8": "int8", "int4": "int4-row", "int4_qe": "int4-row+embeddings"}[form]
+    embed = "transformer.word_embeddings.weight"
+    if form == "int4_qe":
+        tensors |= {f"lm_head.weight{end}": tensors[embed + end] for end in ("", "_scale")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    read = open_weights(tmp_path).tensors
+    config, read = tied_head(chatglm_config(), read)
+    assert config.block.tied_head and "lm_head.weight" not in read
+    scheme = SCHEMES[name]
+    matches = match_tensors(config, read, rules_of(config), scheme)
+    folder = SimpleNamespace(config=config, matches=matches, scheme=scheme)
+    params = load_params(
+        cast(Any, folder), np.dtype(np.float32), scheme if kept else None, False, None,
+        lambda done, total: None,
+    )  # fmt: skip
+    assert isinstance(params["layers"]["q"], QTensor) == kept
+    logits, _ = jit_forward(config, params, jnp.asarray(arrays["input_ids"]))
+    assert np.abs(logits - arrays[f"{form}/logits"]).max() <= TOLERANCE
+    expected = arrays.get(f"{form}/greedy")
+    if expected is not None:
+        found = greedy(config, params, arrays["input_ids"][0], 8, (125,))
+        assert found == list(expected[0][: len(found)])
+
+
+def test_a_head_that_differs_from_the_embedding_is_a_parameter(tmp_path):
+    tensors = weights_of(stored("chatglm6b_tiny"))
+    head = tensors["transformer.word_embeddings.weight"] * 2
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    config, read = tied_head(chatglm_config(), open_weights(tmp_path).tensors)
+    assert config.tied_head is False and "lm_head.weight" in read
+    matches = match_tensors(config, read, rules_of(config))
+    assert any(match.name == "lm_head.weight" for match in matches)
+
+
+@pytest.mark.parametrize("form", ["plain", "projected"])
+def test_prefixes_of_chatglm_6b(tmp_path, form):
+    arrays, base = stored("chatglm6b_tiny_prefix"), stored("chatglm6b_tiny")
+    config = chatglm_config()
+    save_file(weights_of(arrays, f"{form}/sd/"), tmp_path / "model.safetensors")
+    found = load_prefix(tmp_path, config)
+    prefix = Prefix(jnp.asarray(found.k), jnp.asarray(found.v))
+    params = with_prefix(params_of(config, weights_of(base)), prefix)
+    ids = jnp.asarray(base["gmask/input_ids"])
+    cache = KVCache.new(config, 1, 32, jnp.float32, prefix)
+    for how in ({}, {"cache": cache}):
+        logits, _ = jit_forward(config, params, ids, **how)
+        assert np.abs(logits - arrays[f"{form}/logits"]).max() <= TOLERANCE
+    hidden = base["padded/attention_mask"]
+    real = ~hidden[:, 0].all(axis=1)
+    segments = jnp.asarray(real, jnp.int32)
+    logits, _ = jit_forward(config, params, base["padded/input_ids"], segment_ids=segments)
+    assert np.abs(logits - arrays[f"{form}/padded_logits"])[real].max() <= TOLERANCE
+
+
+def test_training_rows_and_choices_of_glm_base():
+    arrays, config = stored("glm_base_tiny"), glm_config()
+    params = params_of(config, weights_of(arrays))
+    ids, labels = arrays["train/input_ids"], arrays["train/labels"]
+    seen = arrays["train/attention_mask"][:, 0, -1] > 0  # of the last row, which sees all but pads
+    segments = jnp.asarray(seen, jnp.int32)
+    logits, _ = jit_forward(config, params, jnp.asarray(ids), segment_ids=segments)
+    learned = labels >= 0
+    assert np.abs(logits - arrays["train/logits"])[learned].max() <= TOLERANCE
+    scores = np.asarray(jax.nn.log_softmax(logits))  # the labels are not shifted
+    picked = np.take_along_axis(scores, np.where(learned, labels, 0)[..., None], 2)[..., 0]
+    assert -picked[learned].mean() == pytest.approx(float(arrays["train/loss"]), abs=1e-5)
+    context = [int(x) for x in arrays["choice/input_ids"][0]]
+    context = context[: context.index(106)]
+    for number, expected in enumerate(arrays["choice/log_prob"][0]):
+        choice = [int(x) for x in arrays[f"choice/choice_{number}"]]
+        tokens = jnp.asarray([[*context, 106, *choice[:-1]]])
+        scores = jax.nn.log_softmax(jit_forward(config, params, tokens)[0][0])
+        found = sum(float(scores[len(context) + i, token]) for i, token in enumerate(choice))
+        assert found == pytest.approx(float(expected), abs=1e-4)
