@@ -74,7 +74,7 @@ class Engine:
         self.template = checkpoint.template
         self.written: Template = find_template(self.template)
         longest = DEFAULT_MAX_LENGTH if max_length is None else whole("max_length", max_length, 2)
-        self.max_length = min(longest, self.config.seq_length)
+        self.max_length = min(longest, self.config.context_limit)
         chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
         self.prefill_chunk = whole("prefill_chunk", chunk, 1)
         self.speculate = whole("speculate", speculate, 0, DRAFT)

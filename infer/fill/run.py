@@ -62,7 +62,8 @@ def fill(engine: Engine, text: str, sampling: SamplingParams) -> Filled:
     """Fill the blanks of a text one after another, from left to right.
 
     The model finds the k-th blank by the k-th start id, so each prompt is the one before with its
-    answer and another start id. It is read anew: the context is bidirectional.
+    answer and another start id. It is prefilled from its beginning: the context is
+    bidirectional.
 
     Raises:
         UsageError: the model's template fills no blanks.

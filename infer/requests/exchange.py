@@ -27,7 +27,7 @@ def encode(
         raise InputError(
             f"the prompt is too long: {len(ids)} tokens",
             f"prompt and answer together may have {limit}"
-            f" (the model has {engine.config.seq_length})",
+            f" (the model has {engine.config.context_limit})",
             "shorten it, raise --max-length as far as the model goes, or cut it: --truncate-prompt",
         )
     return ids

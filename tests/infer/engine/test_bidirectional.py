@@ -1,4 +1,4 @@
-"""A model whose prompts are read in both directions: in one piece, and anew for every turn."""
+"""A model whose prompts are read in both directions: in one piece, and again in every turn."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from infer.engine.engine import Engine
 from infer.engine.params import PRESETS, SamplingParams
 from infer.engine.session import Session
 from infer.requests.conversation import Conversation
+from infer.requests.exchange import warn_beyond_aligned
 from tests.support.engine_toy import family_engine, finished
 from tests.support.toy import jit_forward
 
@@ -54,7 +55,7 @@ def test_prompts_are_read_in_one_piece(engine, prompts, wanted):
     assert short.parts[0].tokens.shape[1] <= 64 == short.chunk
 
 
-def test_a_session_reads_every_turn_anew(engine, prompts, wanted):
+def test_a_session_reads_every_turn_from_its_beginning(engine, prompts, wanted):
     session = Session(engine)
     for ids, answer in (*zip(prompts, wanted, strict=True), (prompts[2], wanted[2])):
         done = finished(session.run(ids, GREEDY))
@@ -86,7 +87,7 @@ def test_slots_read_prompts_in_one_piece_and_reuse_nothing(engine, prompts, want
     assert batcher.stats.reused_tokens == 0
 
 
-def test_a_conversation_writes_the_prompt_anew(engine):
+def test_a_conversation_writes_the_complete_prompt(engine):
     # The template's own defaults.
     assert engine.written.preset == "api" and PRESETS["api"].top_k == 50
     sampling = dataclasses.replace(GREEDY, temperature=1.0, max_new_tokens=12)
@@ -108,3 +109,13 @@ def test_banned_ids_are_never_drawn(engine, prompts, wanted):
     checkpoint.config = dataclasses.replace(engine.config, banned_token_ids=(banned,))
     other = Engine(cast(Any, checkpoint), programs=engine.programs)
     assert banned not in other.complete(prompts[:1], GREEDY)[0].output_ids
+
+
+def test_prompts_beyond_the_length_of_training(prompts, wanted, capsys):
+    """ChatGLM-6B computes any length; beyond that of its training it only warns."""
+    engine = family_engine("chatglm", 64)
+    assert engine.config.seq_length == 64 < len(prompts[2]) < engine.max_length
+    assert engine.complete(prompts[2:], GREEDY)[0].output_ids == wanted[2]
+    assert warn_beyond_aligned(engine, len(prompts[2]), GREEDY)
+    assert "beyond 64" in capsys.readouterr().err
+    assert not warn_beyond_aligned(engine, len(prompts[0]), GREEDY)
