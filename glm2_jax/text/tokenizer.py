@@ -99,6 +99,11 @@ class Tokenizer:
         self.adds_dummy_prefix = vocabulary.adds_dummy_prefix
         self._set_tokens(self.families[0] if family is None else family, None, (), ())
 
+    @property
+    def start_ids(self) -> list[int]:
+        """The ids of a prompt without text, after which the model may write anything."""
+        return [*self.prefix_ids, *self.suffix_ids]
+
     def with_tokens(
         self,
         family: str,

@@ -114,7 +114,7 @@ def _check_folder(settings: Settings) -> None:
     choice = settings.choice
     folder = open_folder(choice.path or demo_folder(), **choice.form)
     longest = min(settings.options.max_length or DEFAULT_CONTEXT, folder.config.seq_length)
-    fit_windows(settings.window, settings.stride, longest, len(folder.tokenizer.prefix_ids))
+    fit_windows(settings.window, settings.stride, longest, len(folder.tokenizer.start_ids))
     for variant in settings.compare or ():
         one = variant.of(choice)
         try:
@@ -203,7 +203,7 @@ def prepare(
 
     InputError: no row is left, or too many are bad, such as conversations that are too long.
     """
-    longest, prefix = engine.max_length, tuple(engine.tokenizer.prefix_ids)
+    longest, prefix = engine.max_length, tuple(engine.tokenizer.start_ids)
     room, stride = fit_windows(window, stride, longest, len(prefix))
     encoder = Encoder(engine.tokenizer, engine.template)
 

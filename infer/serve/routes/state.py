@@ -59,6 +59,6 @@ async def answer_tokens(service: Service, count: int) -> None:
     sampling = SamplingParams(temperature=0.0, max_new_tokens=count, ignore_eos=True)
     uncounted = Metrics("health", service.worker)  # it is no client's request
     with Jobs(service, "health", uncounted) as jobs:
-        prompt = Prompt(list(service.facts.tokenizer.prefix_ids))
+        prompt = Prompt(service.facts.tokenizer.start_ids)
         await jobs.submit([prompt], Sampled(sampling, 1, clean=False))
         await jobs.completions()

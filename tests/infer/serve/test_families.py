@@ -107,3 +107,12 @@ def test_chatglm_answers_are_widened_and_prompts_completed():
         scored = {"prompt": "a", "echo": True, "logprobs": 1, "max_tokens": 0}
         assert error_of(served.post("/v1/completions", scored))["param"] == "echo"
         assert error_of(served.chat("?", tools=[WEATHER]))["param"] == "tools"
+
+
+@pytest.mark.parametrize("family", ["glm4", "chatglm"])
+def test_a_prompt_without_text_is_one_of_every_family(family):
+    """What the server asks its model at its start, and for /health?deep=1."""
+    with serving(family=family) as served:
+        answered = served.request("GET", "/health?deep=1")
+        assert answered.status_code == 200 and answered.json()["status"] == "ok"
+        assert served.engine.tokenizer.start_ids
