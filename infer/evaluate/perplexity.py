@@ -114,7 +114,7 @@ def _check_folder(settings: Settings) -> None:
     choice = settings.choice
     folder = open_folder(choice.path or demo_folder(), **choice.form)
     longest = min(settings.options.max_length or DEFAULT_CONTEXT, folder.config.seq_length)
-    fit_windows(settings.window, settings.stride, longest, len(folder.tokenizer.start_ids))
+    fit_windows(settings.window, settings.stride, longest, len(folder.tokenizer.prefix_ids))
     for variant in settings.compare or ():
         one = variant.of(choice)
         try:
