@@ -57,6 +57,14 @@ class Parser(argparse.ArgumentParser):
         group.add_argument("--debug", action="store_true", help="show the traceback of an error")
         group.add_argument("--version", action="version", version=version())
 
+    def given(self, args: argparse.Namespace) -> dict[str, str]:
+        """Return the destinations and names of the flags that differ from their defaults."""
+        return {
+            action.dest: action.option_strings[0]
+            for action in self._actions
+            if vars(args).get(action.dest, action.default) != action.default
+        }
+
     def parse_known_args(self, args=None, namespace=None):  # type of the base class
         """As argparse does, after `_` in the names of flags has become `-`."""
         args = list(sys.argv[1:] if args is None else args)

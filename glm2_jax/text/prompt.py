@@ -65,6 +65,14 @@ def text_ids(tokenizer: Tokenizer, template: str, text: str) -> list[int]:
     return [*tokenizer.prefix_ids, *ids, *tokenizer.suffix_ids]
 
 
+def with_blank(tokenizer: Tokenizer, template: str, text: str, mask: str | None = None) -> str:
+    """Return a text as a template that fills blanks is asked: one without a blank is continued, so
+    a mask follows it, by default that of a long text. Other templates take it as it is."""
+    if not find_template(template).fills or MASKS.search(text) or not text.strip():
+        return text
+    return text + (mask or tokenizer.blank)
+
+
 def _mask_of(tokenizer: Tokenizer, masks: Sequence[str]) -> int:
     """Return the id of the masks of a text, -1 where there are none."""
     kinds = list(dict.fromkeys(masks))
@@ -145,7 +153,8 @@ def truncate_prompt(
 
     def build(turns: int, characters: int) -> list[int]:
         kept = history[len(history) - turns :]
-        return build_prompt(tokenizer, template, query[:characters], kept, system)
+        text = with_blank(tokenizer, template, query[:characters])
+        return build_prompt(tokenizer, template, text, kept, system)
 
     def too_long(turns: int, characters: int) -> bool:
         return len(build(turns, characters)) > limit

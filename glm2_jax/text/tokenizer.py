@@ -29,6 +29,7 @@ class Scheme:
     named_in_file: bool = False  # they are tokens of the file; else their ids follow its tokens
     prefix: tuple[str, ...] = ("[gMASK]", "sop")  # before every text
     suffix: tuple[str, ...] = ()  # after the text that is answered
+    blanks: tuple[str, ...] = ()  # of them the first that there is ends a text without a blank
     eos: str | int = 2  # ends an answer: a special token, a token of the file, or an id
     pad: str | int = 0
 
@@ -54,7 +55,7 @@ SCHEMES = {
         ("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNK]", "<unused_0>",
          "<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
         prefix=("[CLS]",), suffix=("<|endoftext|>", "<|startofpiece|>"),
-        eos="<|endofpiece|>", pad="<|endoftext|>",
+        blanks=("[gMASK]", "[MASK]"), eos="<|endofpiece|>", pad="<|endoftext|>",
     ),
 }  # fmt: skip
 SPECIAL = {family: scheme.special for family, scheme in SCHEMES.items()}
@@ -85,6 +86,7 @@ class Tokenizer:
     size: int  # the largest id in use, plus 1
     prefix_ids: list[int]  # they begin every sequence
     suffix_ids: list[int]  # they follow the text that is answered or filled
+    blank: str  # the mask at the end of a text that has none; "" in families without blanks
 
     families: tuple[str, ...]  # those to which the vocabulary file can belong
     model_bytes: bytes  # the vocabulary file as it was read
@@ -102,7 +104,8 @@ class Tokenizer:
     @property
     def start_ids(self) -> list[int]:
         """The ids of a prompt without text, after which the model may write anything."""
-        return [*self.prefix_ids, *self.suffix_ids]
+        blank = [self.special[self.blank]] if self.blank else []
+        return [*self.prefix_ids, *blank, *self.suffix_ids]
 
     def with_tokens(
         self,
@@ -146,6 +149,7 @@ class Tokenizer:
         self.size = max(self.num_pieces, *(i + 1 for i in taken))
         self.prefix_ids = [self.special[name] for name in scheme.prefix]
         self.suffix_ids = [self.special[name] for name in scheme.suffix]
+        self.blank = next((name for name in scheme.blanks if name in self.special), "")
         self.eos_id, self.pad_id = self._id_of(scheme.eos), self._id_of(scheme.pad)
         longest_first = sorted(self.added, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None

@@ -48,9 +48,10 @@ def run(settings: Settings) -> int:
     saved = None if settings.history is None else files.load(settings.history)
     engine = open_engine(settings.choice, settings.options)
     if not engine.written.chat:
+        other = "choose --template chatglm2, or ask a single question: python -m infer.generate"
         raise UsageError(
             f"the template {engine.template} has no turns, so a conversation is not possible",
-            fix="choose --template chatglm2, or ask a single question: python -m infer.generate",
+            fix="fill blanks: python -m infer.fill" if engine.written.fills else other,
         )
     conversation = Conversation(engine, settings.sampling, say=note)
     if saved is not None:

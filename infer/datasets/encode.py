@@ -3,7 +3,9 @@
 Templates of roles (ChatGLM3, GLM-4) only append to a conversation, so all of it is one sequence in
 which every answer is learned, with the id that follows and ends it. The others write the prompt
 again for every question: there a past answer has other tokens than when it was given, and no end
-token. So every answer is a separate sequence, after its prompt.
+token. So every answer is a separate sequence, after its prompt. The answer to a blank (GLM) follows
+the text and the answers to the blanks before it, each with its start id and none with its end, as
+when they are filled one after another.
 
 A message with `"loss": False` is never learned: in a sequence of roles its tokens are left out of
 the loss; in the others such an answer has no sequence.
@@ -14,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from glm2_jax.errors import InputError, UsageError
-from glm2_jax.text.prompt import build_followup, build_prompt
+from glm2_jax.text.prompt import MASKS, build_followup, build_prompt, with_blank
 from glm2_jax.text.roles import build_messages, message_ids
 from glm2_jax.text.template import find_template
 from glm2_jax.text.tokenizer import Tokenizer
@@ -41,6 +43,9 @@ class Encoder:
 
     def count(self, messages: Sequence[Message]) -> int:
         """Return the number of sequences of a conversation; 0 where nothing is learned."""
+        if self.written.fills:
+            return sum(map(self._is_learned, self._filled(messages)[1]))
+        self._refuse_lists(messages)
         if self.written.roles:
             return int(any(map(self._is_learned, messages)))
         return len(self._learned_turns(messages))
@@ -50,10 +55,19 @@ class Encoder:
         template cannot express the conversation."""
         if self.written.roles:
             return self._roles(messages)
+        if self.written.fills:
+            _, answers = self._filled(messages)
+            at = [n for n, answer in enumerate(answers) if self._is_learned(answer)][number]
+            before, ids = self._blank(messages, at), self.tokenizer.encode(answers[at]["content"])
+            ids.append(self.tokenizer.eos_id)
+            return before + ids, [False] * len(before) + [True] * len(ids)
         return self._round(messages, self._learned_turns(messages)[number])
 
     def question(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids before the last answer; InputError as `encode`."""
+        if self.written.fills:
+            return self._blank(messages, -1)
+        self._refuse_lists(messages)
         if self.written.roles:
             return build_messages(self.tokenizer, _unmarked(messages[:-1]), self.template)
         system, turns = _turns(messages, self.template)
@@ -62,6 +76,36 @@ class Encoder:
     def _is_learned(self, message: Message) -> bool:
         kind = message["role"] == "assistant" or self.train_on_prompt
         return kind and message.get("loss", True)
+
+    def _refuse_lists(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            if "part_of" in message:
+                why = f"it is of type list, but {self.template} has no blanks that it could fill"
+                raise InputError(f"{message['part_of']} is not a string", why)
+
+    def _filled(self, messages: Sequence[Message]) -> tuple[list[int], Sequence[Message]]:
+        """Return the ids before the first answer, and the answer to each blank."""
+        text, *answers = messages
+        for number, message in enumerate(messages, 1):
+            role = "user" if number == 1 else "assistant"
+            if message["role"] != role or message.get("metadata") or message.get("tools"):
+                why = f"{self.template} takes one text with blanks, and an answer to each"
+                raise InputError(f"message {number} is not plain text of the role {role}", why)
+        written = with_blank(self.tokenizer, self.template, text["content"])
+        if (blanks := len(MASKS.findall(written))) != len(answers):
+            raise InputError(
+                "there must be as many answers as blanks",
+                f"answers: {len(answers)}, blanks: {blanks}; several answers are a list",
+            )
+        return build_prompt(self.tokenizer, self.template, written), answers
+
+    def _blank(self, messages: Sequence[Message], number: int) -> list[int]:
+        """Return the ids before the answer to a blank."""
+        ids, answers = self._filled(messages)
+        start = ids[-1]
+        for answer in answers[:number]:
+            ids += [*self.tokenizer.encode(answer["content"]), start]
+        return ids
 
     def _learned_turns(self, messages: Sequence[Message]) -> list[int]:
         """Return the turns whose answer, or with `train_on_prompt` any message, is learned."""

@@ -2,7 +2,8 @@
 
 A conversation is a list of messages as `glm2_jax.text.prompt.build_messages` takes them: role
 (system, user, assistant, observation), content, and optionally metadata and tools. A message that
-must not be learned has `"loss": False`.
+must not be learned has `"loss": False`. The answers to the blanks of a text, which a row gives as a
+list, are messages one after another, each with the key of the list: `"part_of": "output"`.
 """
 
 from __future__ import annotations
@@ -140,15 +141,28 @@ def _pair(row: Fields, fmt: str) -> list[Message]:
     query = "\n".join(part for part in parts if part.strip())
     if not query:
         raise InputError(f"{asked} is empty")
-    answer, system = _text(row, answered), _optional(row, "system")
+    answers, system = _answers(row, answered), _optional(row, "system")
     messages = [{"role": "system", "content": system}] if system.strip() else []
     history = _value(row, "history")
     rounds = () if absent(history) else parse_history(history)
-    for question, reply in (*rounds, (query, answer)):
+    for question, reply in rounds:
         messages.append({"role": "user", "content": question})
         for entry in reply_messages(reply):
             messages.append(_message(entry, "messages", len(messages) + 1))
-    return messages
+    return [*messages, {"role": "user", "content": query}, *answers]
+
+
+def _answers(row: Fields, key: str) -> list[Message]:
+    """Return the answer of a row, or of a list the answer to each blank."""
+    texts = row.get(key)
+    if not isinstance(texts, list):
+        return [{"role": "assistant", "content": _text(row, key)}]
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{key} has an answer that is not a text", f"it is answer {number}")
+    if not texts:
+        raise InputError(f"{key} is empty")
+    return [{"role": "assistant", "content": text, "part_of": key} for text in texts]
 
 
 def _message(entry: Fields, fmt: str, number: int) -> Message:

@@ -101,8 +101,9 @@ class Engine:
     def build_prompt(
         self, query: str, history: Turns | None = None, system: str | None = None
     ) -> list[int]:
-        """Return the ids of a question in the checkpoint's template."""
+        """Return the ids of a question, or of a text with blanks, in the checkpoint's template."""
         turns = () if history is None else history
+        query = prompt.with_blank(self.tokenizer, self.template, query)
         return prompt.build_prompt(self.tokenizer, self.template, query, turns, system)
 
     def run(

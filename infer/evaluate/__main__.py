@@ -55,11 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for an expected error."""
     made = parser()
     args = made.parse_args(argv)
-    given = {  # flags that differ from their defaults
-        action.dest: action.option_strings[0]
-        for action in made._actions
-        if vars(args).get(action.dest, action.default) != action.default
-    }
+    given = made.given(args)
     with join.start(from_flags(join.Hosts, args), vars(args)):
         arguments.choose_platform(args.device)
         if args.compare and "jax" not in sys.modules:  # leave room on a GPU for a second variant

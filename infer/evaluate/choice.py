@@ -1,6 +1,7 @@
 """`--task choice`: the most likely of the letters A to D after a question.
 
-One pass reads the question and compares the letters. Two passes follow the official C-Eval script
+One pass reads the question and compares the letters; a GLM base model fills a [MASK] after the
+question with one of them. Two passes follow the official C-Eval script
 of ChatGLM2: the model first answers in words, greedily; then question, words and a sentence that
 asks for the conclusion are one prompt, after which the letters are compared. (The script cuts a
 prompt to 2048 tokens; here one that is too long is a bad row.)
@@ -24,10 +25,19 @@ from glm2_jax.cli.files import real_path
 from glm2_jax.cli.messages import note
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.runtime.gather import gathered
+from glm2_jax.text.prompt import MASKS, with_blank
 from infer.engine.params import SamplingParams
-from infer.evaluate.exams import LETTERS, Exam, Question, examples_for, find_files, read_exam
+from infer.engine.reader import finite, read_all
+from infer.evaluate.exams import (
+    LETTERS,
+    OFFICIAL,
+    Exam,
+    Question,
+    examples_for,
+    find_files,
+    read_exam,
+)
 from infer.evaluate.generation import answers, check_output, checked, predictions_file
-from infer.evaluate.reader import finite, read_all
 from infer.evaluate.rows import BadRows
 from infer.startup import note_demo_model, open_engine
 
@@ -111,7 +121,8 @@ def ask(
     def put(question: Question) -> Asked:
         if examples is None:
             text = exam.head + exam.put(question, ask=False)
-            return Asked(exam, question, text, checked(engine, engine.build_prompt(text)))
+            ids = engine.build_prompt(_with_blank(engine, exam, text, engine.tokenizer.blank))
+            return Asked(exam, question, text, checked(engine, ids))
         for count in range(len(examples), 0, -1):
             try:
                 return after(question, examples[:count])
@@ -127,6 +138,7 @@ def ask(
             rounds = [f"{text}{x}" for text, x in zip_longest(texts, solved, fillvalue="")]
             texts, solved = ["\n\n".join(rounds)], []
         *before, text = texts
+        text = _with_blank(engine, exam, text)
         ids = engine.build_prompt(text, list(zip(before, solved, strict=True)))
         return Asked(exam, question, text, checked(engine, ids), len(few))
 
@@ -142,11 +154,21 @@ def conclude(
         one, said = row
         end = "\n" if one.question.choices else ""  # the official texts end with one
         text = f"{one.text}{end}{said}\n{one.exam.style.conclude}"
+        text = _with_blank(engine, one.exam, text)
         ids = checked(engine, engine.build_prompt(text))
         return dataclasses.replace(one, text=text, ids=ids, words=said)
 
     rows = zip(asked, words, strict=True)
     return bad.keep(((where, (one, said)) for (where, one), said in rows), put)
+
+
+def _with_blank(engine: Engine, exam: Exam, text: str, mask: str = "[MASK]") -> str:
+    """Return a text as a model that fills blanks is asked, by default for a letter; InputError for
+    a question that has a mask of its own, but not for a complete prompt."""
+    if engine.written.fills and exam.style is not OFFICIAL and (found := MASKS.search(text)):
+        why = f"{found[0]} is a blank to this model, and the answer belongs at the end"
+        raise InputError("the question has a blank of its own", why)
+    return with_blank(engine.tokenizer, engine.template, text, mask)
 
 
 def letter_ids(engine: Engine) -> tuple[list[int], list[int]]:

@@ -64,7 +64,8 @@ def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
     encoder = Encoder(engine.tokenizer, engine.template)
 
     def prompt(messages: list[dict[str, Any]]) -> tuple[list[int], str, str]:
-        ids, *_, question, wanted = encoder.question(messages), *messages
+        ids, wanted = encoder.question(messages), messages[-1]
+        question = messages[0 if engine.written.fills else -2]
         # The label has the form of a generated answer.
         label = Message("assistant", wanted.get("metadata") or "", wanted["content"]).text
         return checked(engine, ids), question["content"], label

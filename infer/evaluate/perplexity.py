@@ -26,8 +26,8 @@ from glm2_jax.errors import InputError, UsageError
 from glm2_jax.runtime.gather import gathered
 from infer.datasets.encode import Encoder
 from infer.engine.load import demo_folder
+from infer.engine.reader import Item, nats_of, read_all
 from infer.evaluate.options import Variant
-from infer.evaluate.reader import Chunk, finite, read_all
 from infer.evaluate.rows import BUNDLED, BadRows, data_file, parse_row, read_rows
 from infer.memory.budget import DEFAULT_CONTEXT
 from infer.startup import find_choice, note_demo_model, open_engine
@@ -37,13 +37,6 @@ if TYPE_CHECKING:
     from infer.evaluate.options import Settings
 
 WINDOW = 2048  # tokens of a window by default
-
-
-class Item(NamedTuple):
-    """A sequence of token ids, and which of them count; the first one never does."""
-
-    ids: Sequence[int]
-    counted: Sequence[bool]
 
 
 class Material(NamedTuple):
@@ -247,35 +240,18 @@ def measure(engines: Sequence[Engine], material: Material, batch: int) -> list[T
     totals = [Total() for _ in engines]
     rows = [item.ids[:-1] for item in material.items]
     for numbers, chunks in read_all(engines, rows, batch):
-        tokens, counts = _targets([material.items[number] for number in numbers], chunks[0])
-        first = chunks[0].logits
-        for engine, total, (_, logits, _) in zip(engines, totals, chunks, strict=True):
-            call, shape = engine.programs.call, logits.shape
-            nats = finite(gathered(call("nats", shape, token_nats, logits, tokens))[counts])
-            total.tokens += nats.size
-            total.nats += float(nats.sum(dtype=np.float64))
+        read, first = [material.items[number] for number in numbers], chunks[0].logits
+        for engine, total, chunk in zip(engines, totals, chunks, strict=True):
+            call, logits = engine.programs.call, chunk.logits
+            nats, counts = nats_of(engine, read, chunk)
+            total.tokens += int(counts.sum())
+            total.nats += float(nats[counts].sum(dtype=np.float64))
             if logits is not first:
-                parts = call("distances", shape, distances, first, logits)
+                parts = call("distances", logits.shape, distances, first, logits)
                 largest, *others = (gathered(part)[counts] for part in parts)
                 total.largest = max(total.largest, float(largest.max(initial=0.0)))
                 total.distances += [part.sum(dtype=np.float64) for part in others]
     return totals
-
-
-def _targets(items: Sequence[Item], chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-    """Return the next tokens of a chunk's columns, int32 [B, T], and whether they count, bool."""
-    tokens, counts = np.zeros(chunk.real.shape, np.int32), np.zeros(chunk.real.shape, bool)
-    columns = slice(chunk.start + 1, chunk.start + 1 + chunk.real.shape[1])
-    for row, item in enumerate(items):
-        ids = item.ids[columns]
-        tokens[row, : len(ids)], counts[row, : len(ids)] = ids, item.counted[columns]
-    return tokens, counts
-
-
-def token_nats(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Return -log softmax(logits)[token]: float32 [B, T, V], int32 [B, T] -> float32 [B, T]."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 def distances(first: jax.Array, other: jax.Array) -> tuple[jax.Array, ...]:

@@ -17,7 +17,7 @@ from glm2_jax.errors import InputError, UsageError
 from glm2_jax.escape import join_lines, json_line
 from glm2_jax.mesh import parse_mesh
 from glm2_jax.schemes import asked_scheme
-from glm2_jax.text.prompt import build_prompt
+from glm2_jax.text.prompt import build_prompt, with_blank
 from glm2_jax.text.tokenizer import Tokenizer
 from infer.engine.load import demo_folder
 from infer.explain.options import DEVICES, PROMPT, Settings
@@ -147,7 +147,8 @@ def _prompt(settings: Settings, subject: Subject) -> tuple[list[int] | None, int
         return None, settings.length, "asked"
     prompt = PROMPT if settings.prompt is None else settings.prompt
     if subject.tokenizer is not None and subject.template is not None:
-        ids = build_prompt(subject.tokenizer, subject.template, prompt)
+        text = with_blank(subject.tokenizer, subject.template, prompt)
+        ids = build_prompt(subject.tokenizer, subject.template, text)
         return ids, len(ids), "tokenizer"
     config = subject.config
     template = subject.template or config.default_template

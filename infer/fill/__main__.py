@@ -1,42 +1,63 @@
 """`python -m infer.fill`: the flags of filling blanks."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from glm2_jax.cli import arguments, interrupt
 from glm2_jax.cli.model_choice import add_model_options
 from glm2_jax.cli.parser import Parser, add_flags, from_flags
+from glm2_jax.errors import UsageError
 from infer import options
 
 PROG = "python -m infer.fill"
 DESCRIPTION = """Fills the blanks of a text with a GLM base model (glm-large-chinese,
 glm-10b-chinese): [MASK] is words, [sMASK] a sentence, [gMASK] a text of any length at the end.
 Several blanks of one kind are filled one after another, and each sees the answers before it.
+With --choices, the most likely of some answers fills the one blank of the text.
 
 The complete text goes to standard output, everything else to standard error.
 
 Exit codes: 0 success, 1 unexpected, 2 usage, 3 bad input or data, 4 model or checkpoint, 5 out
 of memory or device, 130 interrupted, 143 terminated."""
-EXAMPLE = f"""{PROG} --model THUDM/glm-large-chinese --prompt "中国的首都是[MASK]。" """
+EXAMPLE = f"""{PROG} --model THUDM/glm-large-chinese --prompt "中国的首都是[MASK]。"
+  {PROG} --model THUDM/glm-large-chinese --prompt "中国的首都是[MASK]。" --choices 上海 北京"""
 
 
 def parser() -> Parser:
     """Return the parser of the command."""
-    result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE.rstrip())
+    result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
     add_model_options(result)
     add = result.add_argument_group("text").add_argument
     add("--prompt", "-p", required=True, metavar="TEXT", help="the text with its blanks")
+    add(
+        "--choices", nargs="+", metavar="A",
+        help="fill the blank with the most likely of these answers: the one with the largest sum "
+        "of the log-probabilities of its tokens; the sums are printed, too",
+    )  # fmt: skip
     temperature = {"default": 0.0, "help": "sampling temperature (default: 0 = greedy)"}
     add_flags(result, "sampling", options.SamplingFlags, temperature=temperature)
     options.add_performance_options(result, mesh=True)
     add = result.add_argument_group("output").add_argument
-    add("--json", action="store_true", help="print a JSON object: the text and each answer")
+    add(
+        "--json", action="store_true",
+        help="print a JSON object: the text, and each answer, or each choice with its score",
+    )  # fmt: skip
     result.add_common()
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for an expected error."""
-    args = parser().parse_args(argv)
+    made = parser()
+    args = made.parse_args(argv)
+    if args.choices is not None:
+        drawing = {field.name for field in fields(options.SamplingFlags)} - {"max_length"}
+        for name in drawing & (given := made.given(args)).keys():
+            raise UsageError(
+                f"{given[name]} has no effect with --choices",
+                "The choices are scored; nothing is drawn.",
+                "Leave one of them out.",
+            )
     arguments.choose_platform(args.device)
     sampling = from_flags(options.SamplingFlags, args).params()
     from infer.fill import run

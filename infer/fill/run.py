@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from glm2_jax.cli.messages import note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
-from glm2_jax.errors import UsageError
-from glm2_jax.text.prompt import MASKS, build_prompt
+from glm2_jax.errors import InputError, UsageError
+from glm2_jax.text.prompt import MASKS, build_prompt, with_blank
 from infer.console import displayed, print_json
 from infer.engine.answer import Completion
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
+from infer.engine.reader import score_answers
+from infer.requests.exchange import note_blanks
 from infer.startup import note_demo_model, open_engine
 
 
@@ -24,6 +28,7 @@ class Settings:
     sampling: SamplingParams
     prompt: str
     json: bool
+    choices: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -34,28 +39,55 @@ class Filled:
     answers: tuple[Completion, ...]
 
 
+class Choice(NamedTuple):
+    """One of the answers that may fill a blank."""
+
+    text: str
+    log_prob: float  # sum over its tokens
+    output_ids: list[int]
+
+
 def run(settings: Settings) -> int:
     """Fill the blanks of the prompt and print the text; returns the exit code."""
     note_demo_model(settings.choice)
     engine = open_engine(settings.choice, settings.options)
-    text = settings.prompt
-    if text.strip() and not MASKS.search(text):
-        text += "[gMASK]" if "[gMASK]" in engine.tokenizer.special else "[MASK]"
-        note(f"the prompt has no blank: continuing it, as if it ended in {MASKS.findall(text)[0]}")
+    note_blanks(engine, settings.prompt)
+    text = with_blank(engine.tokenizer, engine.template, settings.prompt)
+    find = _filled if settings.choices is None else _chosen
+    found = {"prompt": settings.prompt, **find(engine, text, settings)}
+    if settings.json:
+        print_json(found)
+    else:
+        print(displayed(found["text"]), flush=True)
+    return 0
+
+
+def _filled(engine: Engine, text: str, settings: Settings) -> dict[str, Any]:
+    """Return what `--json` prints of a text that is filled."""
     filled = fill(engine, text, settings.sampling)
     for number, answer in enumerate(filled.answers, 1):
         if answer.finish_reason == "length":
             note(f"the answer to blank {number} was cut off (--max-new-tokens, --max-length)")
-    if settings.json:
-        answers = [
-            {"text": one.text.strip(), "finish_reason": one.finish_reason,
-             "output_ids": list(one.output_ids)}
-            for one in filled.answers
-        ]  # fmt: skip
-        print_json({"prompt": settings.prompt, "text": filled.text, "answers": answers})
-    else:
-        print(displayed(filled.text), flush=True)
-    return 0
+    answers = [
+        {"text": one.text.strip(), "finish_reason": one.finish_reason,
+         "output_ids": list(one.output_ids)}
+        for one in filled.answers
+    ]  # fmt: skip
+    return {"text": filled.text, "answers": answers}
+
+
+def _chosen(engine: Engine, text: str, settings: Settings) -> dict[str, Any]:
+    """Return what `--json` prints of a text whose blank has choices."""
+    choices = choose(engine, text, settings.choices or (), settings.sampling)
+    ranked = sorted(range(len(choices)), key=lambda number: -choices[number].log_prob)
+    for number in ranked:
+        note(f"{choices[number].log_prob:10.3f}  {choices[number].text}")
+    best = choices[ranked[0]].text.strip()
+    return {
+        "text": MASKS.sub(lambda _: best, text),
+        "best": ranked[0],
+        "choices": [choice._asdict() for choice in choices],
+    }
 
 
 def fill(engine: Engine, text: str, sampling: SamplingParams) -> Filled:
@@ -69,18 +101,65 @@ def fill(engine: Engine, text: str, sampling: SamplingParams) -> Filled:
         UsageError: the model's template fills no blanks.
         InputError: masks of several kinds, no text, or no room for an answer.
     """
+    ids, limit = _prompt(engine, text, sampling)
+    start, answers = ids[-1], []
+    for number, _ in enumerate(MASKS.findall(text), 1):
+        if answers:
+            ids = [*ids, *answers[-1].output_ids, start]
+        if len(ids) >= limit:
+            raise _no_room(f"the answer to blank {number}", ids, limit)
+        answers.extend(engine.complete([ids], sampling))
+    left = iter(answers)
+    filled = MASKS.sub(lambda _: next(left).text.strip(), text)
+    return Filled(filled, tuple(answers))
+
+
+def choose(
+    engine: Engine, text: str, choices: Sequence[str], sampling: SamplingParams
+) -> list[Choice]:
+    """Score the answers that may fill the one blank of a text, in the order given; of `sampling`
+    only the maximal length counts.
+
+    Raises:
+        UsageError: the model's template fills no blanks, or the text has not one blank.
+        InputError: no text, an empty choice, or one that does not fit.
+    """
+    ids, limit = _prompt(engine, text, sampling)
+    if (blanks := len(MASKS.findall(text))) != 1:
+        raise UsageError(
+            f"--choices needs a text with one blank, got {blanks}",
+            "Each choice is an answer to one blank.",
+            "Write the other blanks out, or leave --choices out to fill all of them.",
+        )
+    encoded = []
+    for number, choice in enumerate(choices, 1):
+        if not choice.strip():
+            raise InputError(f"choice {number} is empty", fix="Write an answer, or leave it out.")
+        encoded.append(engine.tokenizer.encode(choice))
+        if len(ids) + len(encoded[-1]) > limit:
+            what = f"choice {number} (tokens: {len(encoded[-1])})"
+            raise _no_room(what, ids, limit)
+    scores = score_answers(engine, ids, encoded)
+    return [Choice(*one) for one in zip(choices, scores, encoded, strict=True)]
+
+
+def _prompt(engine: Engine, text: str, sampling: SamplingParams) -> tuple[list[int], int]:
+    """Return the ids of a text with blanks and of the start of the first answer, and how many ids
+    it and its answers may have."""
     if not engine.written.fills:
         raise UsageError(
             f"a {engine.config.family} model fills no blanks",
             f"Its template here is {engine.template}.",
             "Name a GLM base model, for example --model THUDM/glm-large-chinese.",
         )
-    ids = build_prompt(engine.tokenizer, engine.template, text)
-    start, answers = ids[-1], []
-    for _ in MASKS.findall(text):
-        if answers:
-            ids = [*ids, *answers[-1].output_ids, start]
-        answers.extend(engine.complete([ids], sampling))
-    left = iter(answers)
-    filled = MASKS.sub(lambda _: next(left).text.strip(), text)
-    return Filled(filled, tuple(answers))
+    limit = min(engine.max_length, sampling.max_length or engine.max_length)
+    return build_prompt(engine.tokenizer, engine.template, text), limit
+
+
+def _no_room(what: str, ids: Sequence[int], limit: int) -> InputError:
+    return InputError(
+        f"no room for {what} after {len(ids)} tokens",
+        f"prompt and answer together may have {limit}",
+        "shorten the text or the answers (--max-new-tokens), or raise --max-length as far as the "
+        "model goes",
+    )

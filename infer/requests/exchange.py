@@ -4,7 +4,7 @@ from typing import Any
 
 from glm2_jax.cli.messages import note
 from glm2_jax.errors import InputError
-from glm2_jax.text.prompt import build_prompt, truncate_prompt
+from glm2_jax.text.prompt import MASKS, truncate_prompt
 from glm2_jax.text.roles import build_messages
 from infer.engine.answer import Completion
 from infer.engine.engine import Engine
@@ -22,6 +22,7 @@ def encode(
     long.
     """
     ids = _build(engine, request, truncate, where)
+    note_blanks(engine, request.prompt, only_first=True, where=where)
     limit = min(engine.max_length, sampling.max_length or engine.max_length)
     if len(ids) >= limit:
         raise InputError(
@@ -49,7 +50,7 @@ def _build(engine: Engine, request: Request, truncate: int | None, where: str) -
         return ids
     asked = request.prompt, request.history, request.system
     if not truncate:
-        return build_prompt(tokenizer, template, *asked)
+        return engine.build_prompt(*asked)
     ids, turns, tokens = truncate_prompt(tokenizer, template, *asked, truncate)
     if turns or tokens:
         what = [f"the oldest {turns} of {len(request.history)} turns"] if turns else []
@@ -57,6 +58,23 @@ def _build(engine: Engine, request: Request, truncate: int | None, where: str) -
         prefix = f"{where}: " if where else ""
         note(f"{prefix}prompt cut to {len(ids)} tokens: left out {' and '.join(what)}")
     return ids
+
+
+def note_blanks(engine: Engine, text: str, *, only_first: bool = False, where: str = "") -> None:
+    """Report that a text without a blank is continued, and, with `only_first`, that of several
+    blanks one is filled; `where` is its file and line, of which the first is not reported."""
+    blanks = len(MASKS.findall(text))
+    if not engine.written.fills or not text.strip():
+        return
+    if not blanks and not where:
+        blank = engine.tokenizer.blank
+        note(f"the prompt has no blank: continuing it, as if it ended in {blank}")
+    elif blanks > 1 and only_first:
+        prefix = f"{where}: " if where else ""
+        note(
+            f"{prefix}the prompt has {blanks} blanks: only the first is filled; "
+            "python -m infer.fill fills all of them"
+        )
 
 
 def warn_beyond_aligned(engine: Engine, longest: int, sampling: SamplingParams) -> bool:

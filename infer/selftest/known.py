@@ -49,10 +49,14 @@ CODEGEEX2 = Tokens(
         ]
     },
 )  # fmt: skip
-# Sources: `tokenizer.model` of THUDM/glm-4-9b-chat and `ice_text.model` of THUDM/chatglm-6b, run by
-# the published code.
+# Sources: `tokenizer.model` of THUDM/glm-4-9b-chat, `ice_text.model` of THUDM/chatglm-6b and
+# `cog-pretrain.model` of THUDM/glm-large-chinese, run by the published code.
 GLM4 = Tokens("published GLM-4", {("glm4", HELLO): [151331, 151333, 151336, 198, 109377, 151337]})
 CHATGLM = Tokens("published ChatGLM-6B", {("chatglm", HELLO): [5, 74874, 130001, 130004]})
+GLM = Tokens(
+    "published GLM (Chinese)",
+    {("fill", "中国的首都是[MASK]。"): [50002, 576, 7114, 48, 50003, 471, 50000, 50006]},
+)
 DEMO = Tokens(
     "demo",
     {
@@ -71,6 +75,7 @@ _KNOWN_TOKENS = {  # by family and pieces
     ("glm4", 151329): GLM4,
     ("glm4-0414", 151329): GLM4,
     ("chatglm", 130344): CHATGLM,
+    ("glm", 50000): GLM,
 }
 
 # The greeting as the two model cards print it. The first token is the piece "▁你".

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from glm2_jax.errors import shorten
-from glm2_jax.text.prompt import build_prompt
+from glm2_jax.text.prompt import build_prompt, with_blank
 from glm2_jax.text.prompt import text_ids as prompt_ids
 from glm2_jax.text.roles import build_messages
 from infer.batching.grammar import Matcher
@@ -131,7 +131,8 @@ def _complete(facts: Facts, prompt: str | list[int]) -> Prompt:
     tokenizer, prefix = facts.tokenizer, facts.tokenizer.prefix_ids
     if isinstance(prompt, str):
         kind = facts.template if facts.written.fills else "raw"
-        return Prompt(prompt_ids(tokenizer, kind, prompt), len(prefix))
+        text = with_blank(tokenizer, kind, prompt)
+        return Prompt(prompt_ids(tokenizer, kind, text), len(prefix))
     suffix = tokenizer.suffix_ids
     after = [] if suffix[-1:] and suffix[-1] in prompt else suffix
     hidden = 0 if prompt[: len(prefix)] == prefix else len(prefix)
@@ -178,7 +179,8 @@ async def official_prompt(facts: Facts, body: OfficialBody) -> Prompt:
     history = body.history or []
 
     def build() -> list[int]:
-        return build_prompt(facts.tokenizer, facts.template, body.prompt, history)
+        text = with_blank(facts.tokenizer, facts.template, body.prompt)
+        return build_prompt(facts.tokenizer, facts.template, text, history)
 
     size = len(body.prompt) + sum(len(text) for turn in history for text in turn)
     _check_size(facts, size, "prompt")

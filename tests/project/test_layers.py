@@ -16,7 +16,7 @@ ROOMS = {
     "convert": ("files", "hub", "layouts", "loading", "adapters", "writing", "convert."),
     "infer": (
         "memory", "engine", "batching", "requests", "infer.",
-        "doctor", "bench", "chat", "evaluate", "explain", "generate", "selftest", "serve",
+        "doctor", "bench", "chat", "evaluate", "explain", "fill", "generate", "selftest", "serve",
     ),
     "train": ("run_folder", "data", "train.", "demo"),
 }  # fmt: skip

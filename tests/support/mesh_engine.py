@@ -37,8 +37,8 @@ from infer.batching.job import Job
 from infer.batching.options import BatchOptions
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
+from infer.engine.reader import read
 from infer.engine.session import Session
-from infer.evaluate.reader import read
 from infer.generate import __main__ as generate
 from tests.support.differential import reference
 from tests.support.engine_toy import compilations, finished, streamed, toy_engine, toy_params

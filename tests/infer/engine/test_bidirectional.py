@@ -13,6 +13,7 @@ from infer.batching.job import Job
 from infer.batching.options import BatchOptions
 from infer.engine.engine import Engine
 from infer.engine.params import PRESETS, SamplingParams
+from infer.engine.reader import read
 from infer.engine.session import Session
 from infer.requests.conversation import Conversation
 from infer.requests.exchange import warn_beyond_aligned
@@ -119,3 +120,20 @@ def test_prompts_beyond_the_length_of_training(prompts, wanted, capsys):
     assert warn_beyond_aligned(engine, len(prompts[2]), GREEDY)
     assert "beyond 64" in capsys.readouterr().err
     assert not warn_beyond_aligned(engine, len(prompts[0]), GREEDY)
+
+
+@pytest.mark.parametrize("family", ["chatglm", "glm"])
+def test_logits_of_columns_are_those_of_one_pass(family):
+    """Of rows whose contexts are longer than the columns that are computed at once."""
+    engine = family_engine(family)
+    rng = np.random.default_rng(1)
+    suffix, rows = engine.tokenizer.suffix_ids, []
+    for context, answer in ((100, 30), (3, 70), (70, 2)):
+        text = rng.integers(10, 200, context + answer).tolist()
+        rows.append([*text[:context], *suffix, *text[context:]])
+    parts = list(read(engine, rows, 8, engine.max_length))
+    assert [part.start for part in parts] == [0, 64, 128]
+    logits = np.concatenate([np.asarray(part.logits) for part in parts], axis=1)
+    for row, ids in enumerate(rows):
+        wanted, _ = jit_forward(engine.config, engine.executor.params, jnp.asarray([ids]))
+        assert np.abs(logits[row, : len(ids)] - wanted[0]).max() <= 1e-3

@@ -14,8 +14,8 @@ from glm2_jax.errors import CheckpointError
 from glm2_jax.lora import init_lora
 from glm2_jax.prefix import Prefix, with_prefix
 from infer.engine.params import SamplingParams
+from infer.engine.reader import read
 from infer.engine.session import Session
-from infer.evaluate.reader import read
 from infer.generate.__main__ import main
 from infer.memory.plan import Plan, largest_context
 from infer.memory.precision import Precision

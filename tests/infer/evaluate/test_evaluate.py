@@ -17,7 +17,8 @@ from glm2_jax import forward
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.schemes import SCHEMES
-from infer.evaluate import perplexity, reader
+from infer.engine import reader
+from infer.evaluate import perplexity
 from infer.evaluate.__main__ import main, parser
 from infer.evaluate.options import variants
 from infer.evaluate.perplexity import Total, measure, prepare, windows

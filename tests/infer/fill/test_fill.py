@@ -1,15 +1,22 @@
 """`python -m infer.fill`: blanks one after another, and what is refused."""
 
 import json
+from types import SimpleNamespace
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from glm2_jax.errors import InputError, UsageError
 from infer.engine import load
+from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
+from infer.engine.reader import score_answers
 from infer.fill import __main__ as command
-from infer.fill.run import fill
+from infer.fill.run import choose, fill
+from infer.generate import __main__ as generate
+from tests.glm2_jax.test_family_parity import glm_config, params_of, stored, weights_of
 from tests.support.engine_toy import family_engine, for_commands, warm_engine
 from tests.support.toy import jit_forward
 
@@ -68,3 +75,74 @@ def test_the_command(engine, monkeypatch, capsys):
         command.main(["--prompt", TEXT, "--max-length", "8"])
     with pytest.raises(UsageError, match="a chatglm2 model fills no blanks"):
         fill(warm_engine(), TEXT, SAMPLING)
+
+
+def test_choices_are_scored_as_the_published_code_does(engine):
+    arrays, config = stored("glm_base_tiny"), glm_config()
+    checkpoint = SimpleNamespace(**vars(engine.checkpoint))
+    checkpoint.config, checkpoint.params = config, params_of(config, weights_of(arrays))
+    ids = arrays["choice/input_ids"][0].tolist()
+    prompt = ids[: ids.index(config.sop_token_id) + 1]
+    choices = [arrays[f"choice/choice_{number}"].tolist() for number in range(2)]
+    found = score_answers(Engine(cast(Any, checkpoint)), prompt, choices)
+    assert found == pytest.approx(arrays["choice/log_prob"][0].tolist(), abs=1e-4)
+
+
+def test_the_command_with_choices(engine, monkeypatch, capsys):
+    monkeypatch.setattr(load, "open_choice", lambda *args, **kwargs: for_commands(engine))
+    text, choices = "今天[MASK]很好", ["天气", "天 天气", "A"]
+    assert command.main(["--prompt", text, "--choices", *choices, "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    prompt = engine.build_prompt(text)
+    for choice, one in zip(choices, found["choices"], strict=True):
+        ids = engine.tokenizer.encode(choice)
+        tokens = jnp.asarray([[*prompt, *ids]])
+        logits, _ = jit_forward(engine.config, engine.executor.params, tokens)
+        scores = jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1])
+        wanted = sum(float(row[token]) for row, token in zip(scores, ids, strict=True))
+        assert (one["text"], one["output_ids"]) == (choice, ids)
+        assert one["log_prob"] == pytest.approx(wanted, abs=1e-3)
+    ranked = sorted(found["choices"], key=lambda one: -one["log_prob"])
+    assert found["choices"][found["best"]] == ranked[0]
+    assert found["text"] == text.replace("[MASK]", ranked[0]["text"])
+    shown = [line.split(maxsplit=1)[1] for line in said.err.splitlines()[-3:]]
+    assert shown == [one["text"] for one in ranked]
+
+
+def test_choices_that_do_not_fit_are_refused(engine, monkeypatch):
+    monkeypatch.setattr(load, "open_choice", lambda *args, **kwargs: for_commands(engine))
+    with pytest.raises(UsageError, match="--seed has no effect with --choices"):
+        command.main(["--prompt", TEXT, "--choices", "A", "--seed", "3"])
+    with pytest.raises(UsageError, match="one blank, got 3"):
+        command.main(["--prompt", TEXT, "--choices", "A"])
+    with pytest.raises(InputError, match="choice 2 is empty"):
+        command.main(["--prompt", "[MASK]", "--choices", "A", " "])
+    with pytest.raises(InputError, match=r"no room for choice 1 \(tokens: 2\) after 4"):
+        command.main(["--prompt", "[MASK]", "--choices", "A", "--max-length", "4"])
+    with pytest.raises(UsageError, match="a chatglm2 model fills no blanks"):
+        choose(warm_engine(), TEXT, ["A"], SAMPLING)
+
+
+def test_no_room_is_left_for_a_later_blank(engine):
+    first = fill(engine, "[MASK]天", SAMPLING).answers[0]
+    limited = SamplingParams(temperature=0, max_length=len(first.prompt_ids) + 8, ignore_eos=True)
+    with pytest.raises(InputError, match="no room for the answer to blank 2 after"):
+        fill(engine, "[MASK]天[MASK]", limited)
+
+
+def test_other_commands_continue_a_text_and_fill_one_blank(engine, monkeypatch, capsys):
+    monkeypatch.setattr(load, "open_choice", lambda *args, **kwargs: for_commands(engine))
+    for text, note in (
+        ("天气", "no blank: continuing it, as if it ended in [gMASK]"),
+        (TEXT, "3 blanks: only the first is filled; python -m infer.fill fills all"),
+    ):
+        assert generate.main(["--prompt", text, "--max-new-tokens", "2", "--json"]) == 0
+        said = capsys.readouterr()
+        asked = text if "[MASK]" in text else f"{text}[gMASK]"
+        assert json.loads(said.out)["prompt_ids"] == engine.build_prompt(asked)
+        assert note in said.err
+    cut = ["--prompt", "天气天气", "--truncate-prompt", "6", "--max-new-tokens", "2", "--json"]
+    assert generate.main(cut) == 0
+    ids = json.loads(capsys.readouterr().out)["prompt_ids"]
+    assert len(ids) <= 6 and engine.tokenizer.special["[gMASK]"] in ids
