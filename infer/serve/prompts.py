@@ -132,7 +132,8 @@ def _complete(facts: Facts, prompt: str | list[int]) -> Prompt:
     if isinstance(prompt, str):
         kind = facts.template if facts.written.fills else "raw"
         text = with_blank(tokenizer, kind, prompt)
-        return Prompt(prompt_ids(tokenizer, kind, text), len(prefix))
+        ids = prompt_ids(tokenizer, kind, text) if text.strip() else tokenizer.start_ids
+        return Prompt(ids, len(prefix))
     suffix = tokenizer.suffix_ids
     after = [] if suffix[-1:] and suffix[-1] in prompt else suffix
     hidden = 0 if prompt[: len(prefix)] == prefix else len(prefix)

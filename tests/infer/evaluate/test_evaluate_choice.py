@@ -8,10 +8,12 @@ import pytest
 
 from glm2_jax import forward
 from glm2_jax.errors import CheckpointError, InputError, UsageError
-from infer.evaluate import choice, exams
+from glm2_jax.text.prompt import build_prompt
+from infer.evaluate import choice, exams, generation
 from infer.evaluate.__main__ import main
 from infer.evaluate.rows import BadRows
-from tests.support.engine_toy import toy_engine
+from tests.support.engine_toy import family_engine, toy_engine
+from tests.support.toy import jit_forward
 
 CEVAL_HEAD = "id,question,A,B,C,D,answer,explanation\n"
 CEVAL_ROWS = '0,一加一等于几,1,2,3,4,B,\n1,"两行的\n问题",甲,乙,丙,丁,d,因为\n'
@@ -243,3 +245,26 @@ def test_the_ids_of_the_letters(engine, monkeypatch):
     ids = {"A": [5, 7], "B": [5, 8], "C": [5, 9], "D": [5, 10]}
     monkeypatch.setattr(type(engine.tokenizer), "encode", lambda self, text: ids[text])
     assert choice.letter_ids(engine) == ([5], [7, 8, 9, 10])
+
+
+def test_a_glm_base_model_fills_a_blank_after_the_question(tmp_path, monkeypatch, asked):
+    engine = family_engine("glm", 2048)
+    for module in (choice, generation):
+        monkeypatch.setattr(module, "open_engine", lambda *args, **kwargs: engine)
+    ids = [10, 11, 12, 13]  # its vocabulary has no letters
+    monkeypatch.setattr(choice, "letter_ids", lambda engine: ([], ids))
+    rows = '0,一加一等于几,1,2,3,4,B,\n1,"[MASK]是什么",1,2,3,4,B,\n'
+    path = write(tmp_path, "val/law_val.csv", CEVAL_HEAD + rows)
+    write(tmp_path, "dev/law_dev.csv", CEVAL_HEAD + "0,几,1,2,3,4,C,\n")
+    found, [row] = asked(path, "--max-bad", "1", "--shots", "1")
+    assert (found["bad_rows"], found["mean_shots_used"]) == (1, 1)  # it has a blank of its own
+    exam = read(path)
+    [example] = exams.examples_for(exam, BadRows())
+    question = exam.put(exam.questions[0][1])
+    text = f"{exam.head}{exam.put(example)}C\n\n{question}[MASK]"
+    assert row["prompt"] == text
+    tokens = np.array([build_prompt(engine.tokenizer, "fill", text)], np.int32)
+    logits, _ = jit_forward(engine.config, engine.executor.params, tokens)
+    np.testing.assert_allclose(row["logits"], np.asarray(logits)[0, -1, ids], atol=2e-3)
+    _, [row] = asked(path, "--max-bad", "1", "--two-pass", "--max-new-tokens", "4")
+    assert row["prompt"].endswith("正确的选项是：[MASK]") and row["words"]

@@ -25,7 +25,7 @@ from infer.selftest.__main__ import main
 from infer.selftest.checks import Check
 from infer.selftest.run import model_name, scrubbed
 from tests.support.checkpoints import TINY, tiny_config, write_official
-from tests.support.shared_data import shared_file
+from tests.support.shared_data import shared_file, shared_path
 from tests.support.sp_model import sp_model
 
 LINES = 35  # a report must stay fit to paste
@@ -204,6 +204,15 @@ def test_known_prompts_against_the_published_tokenizer():
             ids = known.PUBLISHED.prompts[template, known.HELLO]
             assert checks.build_prompt(tokenizer, template, known.HELLO) == ids
     assert len(known.PUBLISHED.prompts["chatglm2", known.HELLO]) == 17
+
+
+def test_the_known_prompt_of_glm():
+    file = shared_path("glm-family/tokenizers/cog-pretrain.model")
+    tokenizer = Tokenizer.from_file(file, "glm")
+    found = known.known_tokens(PRESETS["glm-large-chinese"], tokenizer)
+    assert found is not None
+    [((template, text), ids)] = found.prompts.items()
+    assert checks.build_prompt(tokenizer, template, text) == ids
 
 
 def test_which_models_are_known():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from glm2_jax.text.prompt import build_prompt
 from glm2_jax.text.roles import build_messages
 from tests.support.serve import chunks, error_of, serving
 
@@ -116,3 +117,24 @@ def test_a_prompt_without_text_is_one_of_every_family(family):
         answered = served.request("GET", "/health?deep=1")
         assert answered.status_code == 200 and answered.json()["status"] == "ok"
         assert served.engine.tokenizer.start_ids
+
+
+def test_glm_fills_a_blank_or_continues():
+    asked = []
+    with serving("天气", family="glm") as served:
+        written = served.worker.script
+        served.worker.script = lambda row: asked.append(list(row.ids)) or written(row)
+        tokenizer = served.engine.tokenizer
+        for prompt, meant in (("天[sMASK]", "天[sMASK]"), ("天", "天[gMASK]")):
+            assert served.post("/v1/completions", {"prompt": prompt}).status_code == 200
+            assert served.post("/", {"prompt": prompt}).json()["response"] == "天气"
+            assert asked[-1] == asked[-2] == build_prompt(tokenizer, "fill", meant)
+        served.post("/v1/completions", {"prompt": ""})
+        assert asked[-1] == tokenizer.start_ids
+        assert tokenizer.special["[gMASK]"] in tokenizer.start_ids
+        for answered in (
+            served.post("/v1/completions", {"prompt": "[MASK]天[gMASK]"}),
+            served.post("/v1/completions", {"prompt": ["天", "[sMASK][gMASK]"]}),
+        ):
+            assert answered.status_code == 400 and "one kind" in error_of(answered)["message"]
+        assert "/v1/completions" in error_of(served.chat("天[MASK]"))["message"]
