@@ -20,9 +20,9 @@ from glm2_jax.sharding import check_mesh
 from infer import startup
 from infer.bench.host import describe_host, load_average
 from infer.bench.options import Settings
-from infer.bench.random_params import random_params
 from infer.engine.load import demo_folder, load
 from infer.memory.precision import Precision
+from infer.tuning.random_params import random_params
 
 
 @dataclass(frozen=True)

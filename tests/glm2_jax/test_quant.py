@@ -12,6 +12,7 @@ import pytest
 from glm2_jax import KVCache, compiler_options, last_logits
 from glm2_jax.errors import CheckpointError
 from glm2_jax.model import unstack_layers
+from glm2_jax.products import PRODUCTS, candidates, in_usual_form
 from glm2_jax.quant import QTensor, dequantize, pack_int4, quantize, unpack_int4
 from glm2_jax.schemes import SCHEMES
 from infer.memory.precision import Precision
