@@ -39,6 +39,15 @@ class Forms:
     products: tuple[tuple[Product, Name], ...] = ()
     attention: tuple[tuple[Attention, Name], ...] = ()
 
+    def describe(self) -> str:
+        """Return one line for people; "" = everything is in its usual form."""
+        products = [
+            f"{product.rows} x [{product.shape[0]}, {product.shape[1]}] {product.weight}: {name}"
+            for product, name in self.products
+        ]
+        seen = [f"attention of {seen.queries} to {seen.keys}: {n}" for seen, n in self.attention]
+        return "; ".join(products + seen)
+
     def of_product(self, product: Product) -> Name | None:
         """Return the form for the measured number of rows that is nearest, as a ratio."""
         near = {

@@ -139,9 +139,11 @@ def _print(settings: Settings, key: dict[str, Any], tuned: Tuned) -> None:
         return
     rows = [("what", "usual", "chosen", "ms", "ms", "times as fast")]
     for what, choice in tuned.measured:
-        names = choice.usual, choice.name
-        ms = [f"{choice.seconds[name] * 1e3:.3g}" if choice.seconds else "-" for name in names]
-        rows.append((what, *names, *ms, f"{choice.gain:.2f}"))
+        usual, best = (
+            f"{choice.seconds[name] * 1e3:.3g}" if choice.seconds else "-"
+            for name in (choice.usual, choice.name)
+        )
+        rows.append((what, choice.usual, choice.name, usual, best, f"{choice.gain:.2f}"))
     print("\n".join(table(rows, 3)))
     for what, choice in tuned.measured:
         for name, why in choice.refused.items():

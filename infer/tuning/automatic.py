@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.loading.folder import Folder, target_scheme
+from glm2_jax import GLMConfig
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import CheckpointError
 from glm2_jax.runtime.devices import faster_layers
@@ -52,15 +53,12 @@ def find_forms(
     precisions = [Precision(name, None if scheme is None else scheme.name) for name in names]
     if options.tuned != AUTO:
         return _from_file(Path(options.tuned), folder, choice, precisions, device)
-    if weight_bytes(folder.config, precisions[-1]) < _SMALL:
-        return choice, Tuned()
-    layers = choice.layers or faster_layers(device.platform, rows=rows)
+    config, steps = folder.config, sorted({1, min(4, rows), rows})  # few rows are computed alone
     found = {
-        precision.dtype: _known(folder, precision, _steps(rows), layers, device, note)
+        precision.dtype: known(config, precision, steps, device, choice.layers, note)
         for precision in precisions
     }
-    best = first
-    narrow, wide = found[names[-1]].seconds, found[first].seconds
+    best, narrow, wide = first, found[names[-1]].seconds, found[first].seconds
     if narrow < _FASTER * wide:
         best = names[-1]
         if note is not None:
@@ -68,23 +66,23 @@ def find_forms(
                 f"computing in {best}: layers took {narrow * 1e3:.2g} ms a step in it, "
                 f"{wide * 1e3:.2g} ms in {first}"
             )
-    return dataclasses.replace(choice, dtype=best), found[best]
+        choice = dataclasses.replace(choice, dtype=best)
+    return choice, found[best]
 
 
-def _steps(rows: int) -> tuple[int, ...]:
-    """Return the numbers of rows of the steps of an engine: few rows are computed alone."""
-    return tuple(sorted({1, min(4, rows), rows}))
-
-
-def _known(
-    folder: Folder,
+def known(
+    config: GLMConfig,
     precision: Precision,
     rows: Sequence[int],
-    layers: str,
     device: Any,
+    layers: str | None,
     note: Note | None,
 ) -> Tuned:
-    key = store.key_of(folder.config, precision, device)
+    """Return what was measured for steps of so many rows, or measure it, see `find_forms`; nothing
+    for a model that is too small to gain by it."""
+    if weight_bytes(config, precision) < _SMALL:
+        return Tuned()
+    key = store.key_of(config, precision, device)
     found = store.find(key)
     if found is not None and set(rows) <= set(found.rows):
         return found
@@ -95,7 +93,8 @@ def _known(
         f"measuring which forms are fast here for {precision.name}, once for this device and these "
         "sizes (--tuned off leaves it out)"
     )
-    tuned = tune(folder.config, precision, rows, device, layers=layers)
+    layers = layers or faster_layers(device.platform, rows=max(rows))
+    tuned = tune(config, precision, rows, device, layers=layers)
     store.keep(key, tuned)
     return tuned
 

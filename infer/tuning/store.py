@@ -26,9 +26,9 @@ from glm2_jax.runtime.compile_cache import user_cache
 from glm2_jax.runtime.machine import cores, describe_device, vector_units
 from infer.memory.precision import Precision
 from infer.tuning.choose import Choice
+from infer.tuning.kept import VARIABLE
 from infer.tuning.measure import Measured, Tuned
 
-VARIABLE = "GLM2_JAX_TUNED"  # folder; "off" = nothing is kept
 Key = dict[str, Any]
 
 

@@ -21,6 +21,7 @@ from glm2_jax.products import PRODUCTS, candidates
 from infer.memory.precision import Precision
 from infer.tuning import automatic, measure, store
 from infer.tuning.choose import choose
+from infer.tuning.kept import kept_lines
 from infer.tuning.measure import USUAL, Tuned, tune
 from tests.support import hurry
 from tests.support.toy import TOY, jit_forward, random_tokens, toy_params
@@ -169,6 +170,10 @@ def test_a_choice_is_kept_for_its_device_and_model_alone(tuned, tmp_path, monkey
     assert store.find(key) is None
     path = store.keep(key, tuned)
     assert path is not None and store.find(key) == tuned
+    (tmp_path / "kept" / "other.json").write_text("{}")
+    (line,) = kept_lines()
+    assert line.startswith("48 wide, float32, int8, on ")
+    assert "1 x [160, 48] int8: small chunks (10.00 times)" in line
     others = (
         store.key_of(replace(TOY, hidden_size=64), INT8, CPU),
         store.key_of(TOY, Precision("bfloat16", "int8"), CPU),
@@ -242,7 +247,7 @@ def test_a_model_is_measured_at_its_first_start_and_never_again(tmp_path, monkey
     assert find(rows=32)[1].rows == (1, 4, 32) and folder.count == 2
     assert find()[1].rows == (1, 4, 32) and folder.count == 2
     # float32 stays where bfloat16 is hardly faster.
-    assert find(dtype="auto")[0].dtype == "float32" and folder.count == 3
+    assert find(dtype="auto")[0].dtype == "auto" and folder.count == 3
 
 
 def test_auto_is_the_faster_dtype_and_says_why(tmp_path, monkeypatch):
