@@ -1,4 +1,5 @@
-"""Grouped-query attention, in blocks of queries and keys where there are many scores.
+"""Grouped-query attention, in blocks of queries and keys where there are many scores, or in another
+form where measuring has chosen one.
 
 Query heads are viewed as K groups of G = N / K, so keys are never repeated. Scores, softmax and
 sums are float32.
@@ -10,15 +11,18 @@ multiply two transposed matrices, which XLA:CPU of jax 0.10 refuses in bfloat16.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from glm2_jax import forms
 from glm2_jax.chunked import map_blocks
+from glm2_jax.forms import Attention
 from glm2_jax.limits import KEYS, SCORES
 from glm2_jax.linear import einsum
-from glm2_jax.mesh import pieces
+from glm2_jax.mesh import active_mesh, pieces
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: a query that sees nothing gives no NaN
 
@@ -60,6 +64,9 @@ def attend(
     """
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
+    form = forms.chosen().of_attention(Attention(T, S))
+    if form is not None and dropout is None and not active_mesh():
+        return ATTENTION[form](q, k, v, visible)
     q = q.reshape(B, T, K, N // K, H)
     local = B * N // (pieces("B", B) * pieces("N", N))  # rows times heads on one device
     if dropout is None and local * T * S > SCORES:
@@ -135,3 +142,28 @@ def _over_blocks(
     starts = jnp.arange(0, S, size, dtype=jnp.int32)
     (_, total, out), _ = jax.lax.scan(step, carry, starts)
     return jnp.einsum("BKGTH->BTKGH", out / total[..., None]).astype(q.dtype)
+
+
+def _fused(
+    implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility
+) -> jax.Array:
+    """Do as `attend` by a function of jax, "xla" or "cudnn", with a mask [B, 1, T, S]."""
+    # Masks are added to scores there, which leaves a NaN what it is.
+    stored = (visible.key_segments > 0)[:, None, :, None]
+    k = jnp.where(stored, k, 0).swapaxes(1, 2).astype(q.dtype)
+    v = v.swapaxes(1, 2).astype(q.dtype)
+    mask = visible.mask(0, k.shape[1])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)  # type: ignore[arg-type]
+
+
+# Besides the usual form. Each computes what `attend` does, from the same arguments.
+ATTENTION: dict[str, Callable[..., jax.Array]] = {
+    "xla": partial(_fused, "xla"),
+    "cudnn": partial(_fused, "cudnn"),
+}
+
+
+def candidates(platform: str, dtype: jnp.dtype) -> list[str]:
+    """Return the forms worth measuring for queries of a dtype on a platform."""
+    cudnn = platform == "gpu" and dtype.itemsize == 2
+    return ["xla", "cudnn"] if cudnn else ["xla"]

@@ -10,6 +10,7 @@ from glm2_jax.block import BLOCKS, Block
 from glm2_jax.choices import FAMILIES, ROPE_KINDS
 from glm2_jax.errors import CheckpointError
 from glm2_jax.family import config_signs, decide_family
+from glm2_jax.forms import Forms
 from glm2_jax.parts import parts_of
 from glm2_jax.published import (
     FORMS,
@@ -73,6 +74,7 @@ class GLMConfig:
 
     # Never generated: in glm-10b-chinese the row of [gMASK] is that of the end.
     banned_token_ids: tuple[int, ...] = ()
+    forms: Forms = Forms()  # chosen by measuring on a device; not part of the model
 
     def __post_init__(self) -> None:
         heads, V, tables = self.num_heads, self.vocab_size, ("float32", "reference")

@@ -25,6 +25,7 @@ from glm2_jax.cache import KVCache, read_layer, write_layer
 from glm2_jax.chunked import map_blocks
 from glm2_jax.config import GLMConfig
 from glm2_jax.context import TokenContext, token_context
+from glm2_jax.forms import using
 from glm2_jax.limits import MLP_ELEMENTS
 from glm2_jax.linear import einsum
 from glm2_jax.lora import LoRA, adapt, layer_of
@@ -326,7 +327,8 @@ def logits_of(config: GLMConfig, params: Params, x: jax.Array) -> jax.Array:
 
     On a mesh they are cut along V as the head is; those of `forward` are not.
     """
-    return cast(jax.Array, GLM(config).apply({"params": params}, x, method=GLM.logits))
+    with using(config.forms):
+        return cast(jax.Array, GLM(config).apply({"params": params}, x, method=GLM.logits))
 
 
 def init_params(config: GLMConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
@@ -335,8 +337,7 @@ def init_params(config: GLMConfig, key: jax.Array, dtype: Any = jnp.float32) -> 
     def init() -> Params:
         tokens = jnp.zeros((1, 1), jnp.int32)
         context, _ = token_context(config, tokens, None, None, None, jnp.float32)
-        model = GLM(config)
-        variables = model.init(key, tokens, context, None)
+        variables = GLM(config).init(key, tokens, context, None)
         return jax.tree.map(lambda x: x.astype(dtype), variables["params"])
 
     return jax.jit(init)()
@@ -365,18 +366,19 @@ def _hidden(config, params, tokens, where, lora, key=None, noise=None, remat=Fal
     known = params["final_norm"].dtype, params.get("prefix"), rows, view
     context, cache = token_context(config, tokens, positions, segment_ids, cache, *known)
     deterministic = key is None
-    model, variables = GLM(config, deterministic, remat), {"params": params}
-    if isinstance(params["layers"], Mapping):
-        rngs = None if deterministic else {"dropout": key}
-        carry = model.apply(variables, tokens, context, cache, lora, noise, rngs=rngs)
-    else:
-        carry = model.apply(variables, tokens, context, cache, noise, method=GLM.carry)
-        step = nn.apply(run_layer, GLMBlock(config, deterministic))
-        step = jax.checkpoint(step) if remat else step
-        for layer, weights in enumerate(params["layers"]):
-            rngs = None if deterministic else {"dropout": jax.random.fold_in(key, layer)}
-            args = carry, layer, context, layer_of(lora, layer)
-            carry, _ = step({"params": weights}, *args, rngs=rngs)
+    with using(config.forms):
+        model, variables = GLM(config, deterministic, remat), {"params": params}
+        if isinstance(params["layers"], Mapping):
+            rngs = None if deterministic else {"dropout": key}
+            carry = model.apply(variables, tokens, context, cache, lora, noise, rngs=rngs)
+        else:
+            carry = model.apply(variables, tokens, context, cache, noise, method=GLM.carry)
+            step = nn.apply(run_layer, GLMBlock(config, deterministic))
+            step = jax.checkpoint(step) if remat else step
+            for layer, weights in enumerate(params["layers"]):
+                rngs = None if deterministic else {"dropout": jax.random.fold_in(key, layer)}
+                args = carry, layer, context, layer_of(lora, layer)
+                carry, _ = step({"params": weights}, *args, rngs=rngs)
     x, k, v = cast(Any, carry)
     return x, None if cache is None else dataclasses.replace(cache, k=k, v=v).pinned()
 

@@ -109,7 +109,7 @@ def add_performance_options(
     device = {"choices": (*DEVICES, *cards), "help": f"device: {', '.join(DEVICES)}{more}"}
     where = "dtype", "quantize", "quantize_embeddings", "layers", "device"
     add_flags(group, None, ModelChoice, where, device=device)
-    limits = ("prefill_chunk",) * chunk + ("memory_limit", "compile_cache")
+    limits = ("prefill_chunk",) * chunk + ("memory_limit", "tuned", "compile_cache")
     add_flags(group, None, EngineOptions, limits)
     if mesh:
         add_mesh_options(group)

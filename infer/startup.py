@@ -77,6 +77,7 @@ def open_engine(
             on_event=lambda kind, text: note(text),
             progress=bar.update,
             rows=rows,
+            note=note,
         )
     summary = engine.checkpoint.summary
     weights = f", weights in {summary.quantization}" if summary.quantization else ""

@@ -131,6 +131,11 @@ class EngineOptions:
         "has free)",
         type=memory_size, metavar="GB",
     )  # fmt: skip
+    tuned: str = flag(
+        "forms of products and attention: auto = as measured on this device, at the first start of "
+        "a model of these sizes and then kept; off = the usual ones; or a file of infer.tune",
+        type=path_argument, default="auto", metavar="auto|off|F",
+    )  # fmt: skip
     compile_cache: str | None = flag(
         "folder of compiled programs (default: the user's cache folder)",
         type=path_argument, metavar="DIR|off",

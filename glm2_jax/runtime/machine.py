@@ -211,6 +211,20 @@ def processor() -> str:
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def vector_units() -> str:
+    """Return what the processor can compute in vectors, as far as it decides which form is fast."""
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", read_text(Path("/proc/cpuinfo")), re.M)
+    known = re.compile(r"avx2|fma|avx512(f|_bf16|_vnni|_fp16)|amx_\w+|asimd\w*|sve\w*|bf16|i8mm")
+    return " ".join(sorted(f for f in flags[1].split() if known.fullmatch(f))) if flags else ""
+
+
 def _run(command: list[str], seconds: float, env: Mapping[str, str]) -> tuple[int | None, str, str]:
     """Run a program that may hang: (status or None if it was killed, its output, its errors)."""
     # Files, not pipes: nothing can wait for a reader, and the output of a killed program stays.

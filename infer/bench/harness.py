@@ -6,6 +6,7 @@ What is measured of each form is up to the command: `infer.bench` or `train.benc
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import threading
 from collections.abc import Callable, Iterable
@@ -120,7 +121,7 @@ def _measure_form(
     report: Report,
 ) -> None:
     variant, params = subject.open(*form)
-    config, share = subject.config, ""
+    config, share = dataclasses.replace(subject.config, forms=variant.forms), ""
     if subject.mesh is not None:
         held = device_params(config, variant.precision, sizes_of(subject.mesh.shape))
         share = f", {human_size(total_bytes(held))} on each device"

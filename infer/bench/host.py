@@ -4,14 +4,7 @@ import os
 
 from glm2_jax.cli.messages import human_size
 from glm2_jax.runtime.host_memory import find_memory
-from glm2_jax.runtime.machine import processor
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+from glm2_jax.runtime.machine import cores, processor
 
 
 def describe_host() -> str:

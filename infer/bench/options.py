@@ -75,11 +75,18 @@ class Settings:
         choices=("transformers",), metavar="transformers",
     )  # fmt: skip
     json: bool = flag("one JSON object instead of a table", action="store_true")
+    tuned: str = "off"  # whether forms are used that were measured; training has one for each
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings(Settings):
     """The flags of `infer.bench`."""
+
+    tuned: str = flag(
+        "forms of products and attention: auto = as measured on this device, now if they are not "
+        "known yet; off = the usual ones",
+        choices=("auto", "off"), default="auto",
+    )  # fmt: skip
 
     preset: str | None = flag(
         "a 6B model on a consumer card: planned and measured memory and speed; measured only on a "

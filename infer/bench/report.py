@@ -113,6 +113,9 @@ def render(report: Report, columns: int) -> str:
         if max(map(len, figures)) > columns:
             figures = [line for cells in rows for line in _record(*cells)]
         lines += ["", *figures]
+    for variant in dict.fromkeys(result.variant for result in measured):
+        if chosen := variant.forms.describe():
+            lines.append(f"{variant.name}: in other forms than usual (--tuned): {chosen}")
     for result in measured:
         for mode, seconds in result.peers.items():
             median = result.tokens / statistics.median(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from jax.sharding import Mesh
 from convert.loading.folder import open_folder, target_scheme
 from convert.random import official_config
 from glm2_jax import GLMConfig
+from glm2_jax.cli.messages import note
+from glm2_jax.forms import Forms
 from glm2_jax.mesh import mesh_text
 from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
 from glm2_jax.runtime.machine import describe_device, describe_software
@@ -20,9 +23,11 @@ from glm2_jax.sharding import check_mesh
 from infer import startup
 from infer.bench.host import describe_host, load_average
 from infer.bench.options import Settings
-from infer.bench.random_params import random_params
 from infer.engine.load import demo_folder, load
 from infer.memory.precision import Precision
+from infer.tuning.automatic import OFF, known
+from infer.tuning.measure import Tuned
+from infer.tuning.random_params import random_params
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Variant:
     quantization: str  # the scheme of the layers' matrices, or "none"
     layers: str  # "list" or "stacked"
     weights: int = 0  # bytes of all parameters, once
+    forms: Forms = Forms()  # that were chosen by measuring
 
     @property
     def precision(self) -> Precision:
@@ -59,32 +65,44 @@ class Subject:
         if random is not None:
             self.config = GLMConfig.from_hf(official_config(random, flag="--random"))
             self.name = f"{Path(random).name}, random weights"
-            schemes = [SCHEMES.get(quantize or "none") for quantize in forms]
+            self._scheme = lambda quantize: SCHEMES.get(quantize or "none")
         else:
             startup.note_demo_model(choice)
             self._folder = startup.find_choice(choice).path
             self.name = "demo (bundled)" if self._folder is None else Path(self._folder).name
             found = open_folder(self._folder or demo_folder(), **choice.form)
-            self.config, schemes = found.config, [target_scheme(found, form) for form in forms]
-        if mesh is not None:
-            for scheme in schemes:
+            self.config, self._scheme = found.config, partial(target_scheme, found)
+        for scheme in map(self._scheme, forms):  # also refuses what is quantized already
+            if mesh is not None:
                 check_mesh(self.config, mesh, scheme)
 
     def open(self, dtype: str, quantize: str | None, layers: str) -> tuple[Variant, Any]:
         """Return the parameters in a form, and what that form is called."""
+        tuned = self._tuned(dtype, quantize, layers)
         place = {"device": self.device if self.mesh is None else None, "mesh": self.mesh}
         if self.settings.random is not None:
             quantization = quantize or "none"
             target = resolve_dtype(dtype, num_params=self.config.num_params, device=self.device)
-            scheme, as_list = SCHEMES.get(quantization), layers == "list"
+            scheme, as_list = self._scheme(quantize), layers == "list"
             params = random_params(self.config, target, scheme=scheme, as_list=as_list, **place)
         else:
             form = {"dtype": dtype, "quantize": quantize, "layers": layers}
-            checkpoint = load(self._folder, **form, **self.settings.choice.form, **place).checkpoint
+            form |= {"tuned": OFF, **self.settings.choice.form}
+            checkpoint = load(self._folder, **form, **place).checkpoint
             params, quantization = checkpoint.params, checkpoint.summary.quantization or "none"
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         name = dtype_name(params["final_norm"].dtype)
-        return Variant(name, quantization, layers, weights), params
+        return Variant(name, quantization, layers, weights, tuned.forms), params
+
+    def _tuned(self, dtype: str, quantize: str | None, layers: str) -> Tuned:
+        """Return the forms to compute in; they are measured now if they are not known yet."""
+        if self.settings.tuned == OFF or self.mesh is not None:
+            return Tuned()
+        target = resolve_dtype(dtype, num_params=self.config.num_params, device=self.device)
+        scheme = self._scheme(quantize)
+        precision = Precision(dtype_name(target), None if scheme is None else scheme.name)
+        rows = sorted({1, *getattr(self.settings, "batches", ())})
+        return known(self.config, precision, rows, self.device, layers, note)
 
     def about(self) -> dict[str, str]:
         """Return what everything is measured on, name -> text."""

@@ -28,10 +28,14 @@ class Report:
 
     machine: Machine
     model: Model
+    tuned: tuple[str, ...] = ()  # lines of `infer.tuning.kept`
 
     @cached_property
     def sections(self) -> dict[str, tuple[Finding, ...]]:
-        return examine(self.machine)
+        found = examine(self.machine)
+        measured = [Finding("ok", line) for line in self.tuned]
+        none = Finding("ok", "none measured yet; a command does at the first start of a model")
+        return found | {"Forms": tuple(measured or [none])}
 
     @cached_property
     def forms(self) -> tuple[tuple[Budget, Plan], ...]:

@@ -11,6 +11,7 @@ from glm2_jax.escape import json_line
 from glm2_jax.runtime.machine import probe
 from infer.doctor.checkup import Model
 from infer.doctor.report import Report, as_json, render
+from infer.tuning.kept import kept_lines
 
 
 def run(choice: ModelChoice, *, json: bool) -> int:
@@ -18,7 +19,7 @@ def run(choice: ModelChoice, *, json: bool) -> int:
     model = open_model(choice)
     if sys.stderr.isatty():
         note("looking at this machine; starting jax can take a minute ...")
-    report = Report(probe(), model)
+    report = Report(probe(), model, kept_lines())
     widest = 100
     text = render(report, min(columns(widest), widest))
     print(json_line(as_json(report)) if json else text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from glm2_jax.runtime.devices import device_errors, faster_layers, find_device, 
 from infer.engine.engine import Engine
 from infer.engine.programs import OnEvent
 from infer.memory.shortage import when_loading
+from infer.tuning.automatic import find_forms
+from infer.tuning.measure import Tuned
 
 
 def demo_folder() -> Path:
@@ -40,6 +43,7 @@ def load(
     max_length: int | None = None,
     prefill_chunk: int | None = None,
     speculate: int = 0,
+    tuned: str = "auto",
     device: Any = None,
     rope_kind: str | None = None,
     template: str | None = None,
@@ -65,6 +69,8 @@ def load(
         max_length: longest prompt and answer together; None = 8192, or what the model has.
         prefill_chunk: prompt tokens of all rows together per prefill; None = 2048.
         speculate: draft tokens per step, see `infer.engine.drafts`; 0 = off.
+        tuned: forms of products and attention: "auto" = those that a command of this project has
+            measured on this device, "off" = the usual ones, or a file of `infer.tune`.
         device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
         adapter, force_adapter: folder of a LoRA adapter (train.lora or PEFT); accept one that was
             trained on another base or template.
@@ -86,7 +92,7 @@ def load(
     over = None if mesh is None else find_mesh(mesh, device)
     where = {"mesh": over, "device": find_device(device) if mesh is None else None}
     folder = _find(path, source, revision)  # last: it may have to be downloaded
-    options = EngineOptions(max_length, prefill_chunk, speculate)
+    options = EngineOptions(max_length, prefill_chunk, speculate, tuned=tuned)
     return open_choice(choice, options, folder, **where, on_event=on_event, progress=progress)
 
 
@@ -100,13 +106,21 @@ def open_choice(
     on_event: OnEvent | None,
     progress: Callable[[int, int], None],
     rows: int = 1,
+    note: Callable[[str], None] | None = None,
 ) -> Engine:
-    """Open a folder as `choice` says, but for mesh and device, to answer `rows` at once."""
-    start = time.perf_counter()
+    """Open a folder as `choice` says, but for mesh and device, to answer `rows` at once.
+
+    With `note`, forms that this device has not measured yet are measured, see
+    `infer.tuning.automatic.find_forms`.
+    """
     device = find_device(device) if mesh is None else mesh.local_devices[0]
+    base, tuned = open_folder(folder, **choice.form), Tuned()
+    if mesh is None:
+        choice, tuned = find_forms(base, choice, options, device, rows, note)
+    start = time.perf_counter()
     form, adapter, prefix = choice.form, None, None
     if choice.adapter or choice.prefix:
-        base, force = open_folder(folder, **form), choice.force_adapter
+        force = choice.force_adapter
         if choice.adapter:
             adapter = open_adapter(choice.adapter, base, family=choice.family, force=force)
         if choice.prefix:
@@ -130,12 +144,15 @@ def open_choice(
             quantize=choice.quantize,
             quantize_embeddings=choice.quantize_embeddings,
             layers=choice.layers
+            or tuned.layers
             or faster_layers(device.platform, on_mesh=mesh is not None, rows=rows),
             mesh=mesh,
             **form,
             device=device if mesh is None else None,
             progress=progress,
         )
+        config = dataclasses.replace(checkpoint.config, forms=tuned.forms)
+        checkpoint = dataclasses.replace(checkpoint, config=config)
         if adapter:
             checkpoint = attach(checkpoint, adapter)
         if prefix:

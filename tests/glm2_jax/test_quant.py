@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import pytest
 
 from glm2_jax import KVCache, compiler_options, last_logits
 from glm2_jax.errors import CheckpointError
-from glm2_jax.linear import _by_dot, _on_cpu, _on_gpu, _on_tpu
 from glm2_jax.model import unstack_layers
+from glm2_jax.products import PRODUCTS, candidates, in_usual_form
 from glm2_jax.quant import QTensor, dequantize, pack_int4, quantize, unpack_int4
 from glm2_jax.schemes import SCHEMES
 from infer.memory.precision import Precision
@@ -80,17 +81,20 @@ def test_products_are_those_of_the_dequantized_weight(form, monkeypatch):
         steps = np.repeat(weight.scale, matrix.shape[1] // weight.scale[0].size, -1)
         error = np.abs(expected - matrix)
         assert (error <= steps.reshape(len(matrix), -1) * 0.5001).all() and error.max() > 0
-    looped = (_on_cpu, _on_tpu) if form.startswith("int4") else (_on_cpu,)
+    looped = ("cpu", "tpu") if form.startswith("int4") else ("cpu",)
     for chunk in (2**19, 500):  # of 4608 elements: at once, and in 12 chunks
-        monkeypatch.setattr("glm2_jax.linear.CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr("glm2_jax.products.CHUNK_ELEMENTS", chunk)
         for rows in (1, 2, 5):
             x = jax.random.normal(jax.random.key(1), (rows, 192))
             product = x @ expected.T.astype(np.float32)
-            for platform in (_on_cpu, _on_gpu, _on_tpu, _by_dot):
+            for platform in ("cpu", "gpu", "tpu"):
+                compute = partial(in_usual_form, platform)
                 if platform in looped and chunk == 500 and rows > 1:
-                    assert "length=12" in str(jax.make_jaxpr(platform)(x, weight))
-                np.testing.assert_allclose(platform(x, weight), product, atol=2e-4)
-                half = platform(x.astype(jnp.bfloat16), weight)
+                    assert "length=12" in str(jax.make_jaxpr(compute)(x, weight))
+                for name in candidates(platform, x, weight):
+                    by_name = PRODUCTS[name].compute(x, weight, None)
+                    np.testing.assert_allclose(by_name, product, atol=2e-4, err_msg=name)
+                half = compute(x.astype(jnp.bfloat16), weight)
                 assert half.dtype == jnp.float32
                 np.testing.assert_allclose(half, product, atol=0.05 * float(jnp.abs(product).max()))
 
@@ -99,10 +103,11 @@ def test_products_are_those_of_the_dequantized_weight(form, monkeypatch):
 def test_products_of_one_row_by_slices_on_a_cpu(form, monkeypatch):
     """Slices that divide the columns and those that do not, groups of one slice and of several."""
     for slices, rows, columns in ((4, 24, 192), (4, 24, 640), (4, 24, 1056), (32, 512, 3424)):
-        monkeypatch.setattr("glm2_jax.linear.SLICES", slices)
+        monkeypatch.setattr("glm2_jax.products.SLICES", slices)
         _, weight = small_weight(form, rows, columns)
         x = jax.random.normal(jax.random.key(1), (1, columns)).astype(jnp.bfloat16)
-        program = jax.jit(_on_cpu, compiler_options=compiler_options("cpu"))
+        compute = partial(in_usual_form, "cpu")
+        program = jax.jit(compute, compiler_options=compiler_options("cpu"))
         compiled = program.lower(x, weight).compile()
         if rows == 512:  # it writes no converted weight
             assert "while" not in compiled.as_text()

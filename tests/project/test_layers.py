@@ -15,12 +15,12 @@ ROOMS = {
     "glm2_jax": ("glm2_jax.", "text", "cli", "runtime", "processes"),
     "convert": ("files", "hub", "layouts", "loading", "adapters", "writing", "convert."),
     "infer": (
-        "memory", "engine", "batching", "requests", "infer.",
+        "memory", "tuning", "engine", "batching", "requests", "infer.",
         "doctor", "bench", "chat", "evaluate", "explain", "fill", "generate", "selftest", "serve",
     ),
     "train": ("run_folder", "data", "train.", "demo"),
 }  # fmt: skip
-WINGS = set(ROOMS["infer"][5:])  # the rooms of the commands, of which none knows another
+WINGS = set(ROOMS["infer"][6:])  # the rooms of the commands, of which none knows another
 
 
 def room_of(module: str) -> str:

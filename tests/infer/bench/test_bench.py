@@ -23,12 +23,12 @@ from infer.bench import peer as bench_peer
 from infer.bench.ceilings import Ceilings, measure_ceilings
 from infer.bench.harness import Task, take_turns
 from infer.bench.programs import Shape, work
-from infer.bench.random_params import random_params
 from infer.bench.report import Report, Result, as_json, render
 from infer.bench.subject import Variant
 from infer.engine.load import demo_folder
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
+from infer.tuning.random_params import random_params
 from tests.support.checkpoints import convert_folder
 from tests.support.paths import ROOT
 from tests.support.toy import TOY, jit_forward, random_tokens

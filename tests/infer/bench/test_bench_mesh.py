@@ -19,7 +19,7 @@ from glm2_jax.config import PRESETS
 from glm2_jax.errors import GLMError, UsageError
 from glm2_jax.schemes import SCHEMES
 from infer.bench import __main__ as bench
-from infer.bench import harness, programs, random_params
+from infer.bench import harness, programs
 from infer.bench.ceilings import Ceilings
 from infer.bench.programs import Shape, work
 from infer.bench.report import Report, Result, as_json, render
@@ -28,6 +28,7 @@ from infer.memory.cards import LINKS
 from infer.memory.mesh_cost import mesh_cost
 from infer.memory.precision import Precision
 from infer.memory.shares import sizes_of
+from infer.tuning import random_params
 from tests.support.mesh_process import run
 from tests.support.toy import TOY
 

@@ -48,19 +48,24 @@ def random_params(
         places = params_sharding(config, mesh, scheme=scheme, as_list=as_list)
 
     def make(path: Any, x: Any, place: Any) -> Any:
-        seed = np.uint32(next(seeds))
-        if isinstance(x, QTensor):
-            step = _DEVIATION / _NOISE_DEVIATION[x.bits]
-            scale = jnp.full(x.scale.shape, step, x.scale.dtype, device=place.scale)
-            return QTensor(_program(x.values.shape, None, place.values)(seed), scale, x.bits)
-        if path[-1].key.endswith("norm"):
+        seed = next(seeds)
+        if not isinstance(x, QTensor) and path[-1].key.endswith("norm"):
             return jnp.ones(x.shape, x.dtype, device=place)
-        return _program(x.shape, x.dtype, place)(seed)
+        return random_weight(x, seed, place)
 
     made = jax.tree_util.tree_map_with_path(
         make, shapes, places, is_leaf=lambda x: isinstance(x, QTensor)
     )
     return jax.block_until_ready(made)
+
+
+def random_weight(x: Any, seed: int, place: Any) -> Any:
+    """Return a weight of these shapes, of an array or a QTensor, on these places."""
+    if not isinstance(x, QTensor):
+        return _program(x.shape, x.dtype, place)(np.uint32(seed))
+    step = _DEVIATION / _NOISE_DEVIATION[x.bits]
+    scale = jnp.full(x.scale.shape, step, x.scale.dtype, device=place.scale)
+    return QTensor(_program(x.values.shape, None, place.values)(np.uint32(seed)), scale, x.bits)
 
 
 @functools.lru_cache

@@ -1,0 +1,1 @@
+"""Choosing by measuring on the user's device where something has several right forms."""
