@@ -13,18 +13,19 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from convert import load_checkpoint, open_folder
-from convert.adapters.adapter import attach, open_adapter
-from convert.adapters.prefix import attach_prefix, load_prefix
+from convert import Checkpoint, load_checkpoint, open_folder
+from convert.adapters.adapter import Adapter, attach, open_adapter
+from convert.adapters.prefix import FoundPrefix, attach_prefix, load_prefix
 from convert.hub.find import find_model
+from convert.loading.folder import Folder
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import UsageError
+from glm2_jax.forms import Forms
 from glm2_jax.runtime.devices import device_errors, faster_layers, find_device, find_mesh
 from infer.engine.engine import Engine
 from infer.engine.programs import OnEvent
 from infer.memory.shortage import when_loading
 from infer.tuning.automatic import find_forms
-from infer.tuning.measure import Tuned
 
 
 def demo_folder() -> Path:
@@ -69,11 +70,9 @@ def load(
         max_length: longest prompt and answer together; None = 8192, or what the model has.
         prefill_chunk: prompt tokens of all rows together per prefill; None = 2048.
         speculate: draft tokens per step, see `infer.engine.drafts`; 0 = off.
-        tuned: forms of products and attention: "auto" = those that a command of this project has
-            measured on this device, "off" = the usual ones, or a file of `infer.tune`.
-        device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
-        adapter, force_adapter: folder of a LoRA adapter (train.lora or PEFT); accept one that was
-            trained on another base or template.
+        tuned: forms of products: "auto" = as a command measured, "off", or a file of `infer.tune`.
+        device: "auto" (or None), "cpu", "gpu", "tpu", or a `jax.Device`.
+        adapter, force_adapter: folder of a LoRA adapter; accept that of another base or template.
         prefix: folder of a P-Tuning v2 prefix, from the official training.
         source, revision: hub of "owner/name" ("hf", "modelscope"; None = no network), and revision.
         on_event: called with a kind ("compile") and a line of text.
@@ -114,17 +113,11 @@ def open_choice(
     `infer.tuning.automatic.find_forms`.
     """
     device = find_device(device) if mesh is None else mesh.local_devices[0]
-    base, tuned = open_folder(folder, **choice.form), Tuned()
+    base, forms = open_folder(folder, **choice.form), Forms()
     if mesh is None:
-        choice, tuned = find_forms(base, choice, options, device, rows, note)
+        choice, forms = find_forms(base, choice, options, device, rows, note)
     start = time.perf_counter()
-    form, adapter, prefix = choice.form, None, None
-    if choice.adapter or choice.prefix:
-        force = choice.force_adapter
-        if choice.adapter:
-            adapter = open_adapter(choice.adapter, base, family=choice.family, force=force)
-        if choice.prefix:
-            prefix = load_prefix(choice.prefix, base.config)
+    adapter, prefix = _find_additions(choice, base)
     explain = partial(
         when_loading,
         folder,
@@ -133,7 +126,7 @@ def open_choice(
         quantize=choice.quantize,
         embeddings=choice.quantize_embeddings,
         context=options.max_length,
-        form=form,
+        form=choice.form,
         prefix=prefix.length if prefix else 0,
         mesh=mesh,
     )
@@ -144,19 +137,13 @@ def open_choice(
             quantize=choice.quantize,
             quantize_embeddings=choice.quantize_embeddings,
             layers=choice.layers
-            or tuned.layers
             or faster_layers(device.platform, on_mesh=mesh is not None, rows=rows),
             mesh=mesh,
-            **form,
+            **choice.form,
             device=device if mesh is None else None,
             progress=progress,
         )
-        config = dataclasses.replace(checkpoint.config, forms=tuned.forms)
-        checkpoint = dataclasses.replace(checkpoint, config=config)
-        if adapter:
-            checkpoint = attach(checkpoint, adapter)
-        if prefix:
-            checkpoint = attach_prefix(checkpoint, prefix)
+        checkpoint = _complete(checkpoint, forms, adapter, prefix)
         jax.block_until_ready(checkpoint.params)
     return Engine(
         checkpoint,
@@ -166,6 +153,26 @@ def open_choice(
         load_s=time.perf_counter() - start,
         on_event=on_event,
     )
+
+
+def _find_additions(choice: ModelChoice, base: Folder) -> tuple[Adapter | None, FoundPrefix | None]:
+    """Open the adapter and the prefix that the choice names."""
+    adapter = prefix = None
+    if choice.adapter:
+        named = {"family": choice.family, "force": choice.force_adapter}
+        adapter = open_adapter(choice.adapter, base, **named)
+    if choice.prefix:
+        prefix = load_prefix(choice.prefix, base.config)
+    return adapter, prefix
+
+
+def _complete(
+    checkpoint: Checkpoint, forms: Forms, adapter: Adapter | None, prefix: FoundPrefix | None
+) -> Checkpoint:
+    config = dataclasses.replace(checkpoint.config, forms=forms)
+    checkpoint = dataclasses.replace(checkpoint, config=config)
+    checkpoint = checkpoint if adapter is None else attach(checkpoint, adapter)
+    return checkpoint if prefix is None else attach_prefix(checkpoint, prefix)
 
 
 def add_adapters(engine: Engine, choice: ModelChoice, adapters: Sequence[str]) -> None:

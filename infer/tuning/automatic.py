@@ -11,6 +11,7 @@ from convert.loading.folder import Folder, target_scheme
 from glm2_jax import GLMConfig
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import CheckpointError
+from glm2_jax.forms import Forms
 from glm2_jax.runtime.devices import faster_layers
 from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
 from infer.memory.plan import weight_bytes
@@ -34,16 +35,17 @@ def find_forms(
     device: Any,
     rows: int,
     note: Note | None,
-) -> tuple[ModelChoice, Tuned]:
-    """Return the choice, perhaps with another dtype than that of "auto", and the forms.
+) -> tuple[ModelChoice, Forms]:
+    """Return the choice with what is faster where it says nothing, and the forms.
 
-    On a CPU, where float32 and bfloat16 are both possible, "auto" is the faster one. What is not
+    On a CPU, where float32 and bfloat16 are both possible, the dtype "auto" is the faster one;
+    the layout of the layers is the one that was measured as faster. What is not
     known yet is measured, and kept, if `note`, which gets lines for the user, is not None.
 
     Raises CheckpointError if `options.tuned` is a file of another device or model.
     """
     if options.tuned == OFF:
-        return choice, Tuned()
+        return choice, Forms()
     scheme = target_scheme(folder, choice.quantize, choice.quantize_embeddings)
     params = folder.config.num_params
     first = dtype_name(resolve_dtype(choice.dtype, num_params=params, device=device))
@@ -67,7 +69,11 @@ def find_forms(
                 f"{wide * 1e3:.2g} ms in {first}"
             )
         choice = dataclasses.replace(choice, dtype=best)
-    return choice, found[best]
+    return _with_layers(choice, found[best])
+
+
+def _with_layers(choice: ModelChoice, tuned: Tuned) -> tuple[ModelChoice, Forms]:
+    return dataclasses.replace(choice, layers=choice.layers or tuned.layers), tuned.forms
 
 
 def known(
@@ -101,12 +107,12 @@ def known(
 
 def _from_file(
     path: Path, folder: Folder, choice: ModelChoice, precisions: Sequence[Precision], device: Any
-) -> tuple[ModelChoice, Tuned]:
+) -> tuple[ModelChoice, Forms]:
     problem: CheckpointError | None = None
     for precision in precisions:
         try:
             tuned = store.read(path, store.key_of(folder.config, precision, device))
-            return dataclasses.replace(choice, dtype=precision.dtype), tuned
+            return _with_layers(dataclasses.replace(choice, dtype=precision.dtype), tuned)
         except CheckpointError as error:
             problem = problem or error
     assert problem is not None

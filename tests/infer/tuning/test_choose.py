@@ -227,7 +227,9 @@ class Asked:
 
     def tune(self, config, precision, rows, device, **more):
         self.count += 1
-        return Tuned(rows=tuple(rows), seconds=self.seconds[precision.dtype])
+        self.rows, product = tuple(rows), Product(len(rows), (1, 1), "int8", "float32")
+        forms = Forms(((product, "chunks"),))
+        return Tuned(forms, tuple(rows), "stacked", self.seconds[precision.dtype])
 
 
 def test_a_model_is_measured_at_its_first_start_and_never_again(tmp_path, monkeypatch):
@@ -239,13 +241,16 @@ def test_a_model_is_measured_at_its_first_start_and_never_again(tmp_path, monkey
         choice = ModelChoice(path="x", dtype=dtype)
         return automatic.find_forms(folder, choice, EngineOptions(**options), CPU, rows, note)
 
-    assert find()[1] == Tuned() and folder.count == 0  # too small to gain anything
+    assert find()[1] == Forms() and folder.count == 0  # too small to gain anything
     monkeypatch.setattr(automatic, "_SMALL", 0)
-    assert find(tuned="off")[1] == Tuned() and find(note=None)[1] == Tuned() and folder.count == 0
-    assert find()[1].rows == (1,) and find()[1].rows == (1,) and find(note=None)[1].rows == (1,)
+    assert find(tuned="off")[1] == find(note=None)[1] == Forms() and folder.count == 0
+    choice, forms = find()
+    assert forms != Forms() and (choice.dtype, choice.layers) == ("float32", "stacked")
+    assert find() == find(note=None) == (choice, forms) and folder.rows == (1,)
     assert folder.count == 1 and len(lines) == 1 and "--tuned off" in lines[0]
-    assert find(rows=32)[1].rows == (1, 4, 32) and folder.count == 2
-    assert find()[1].rows == (1, 4, 32) and folder.count == 2
+    more = find(rows=32)[1]
+    assert more != forms and folder.rows == (1, 4, 32) and folder.count == 2
+    assert find()[1] == more and folder.count == 2
     # float32 stays where bfloat16 is hardly faster.
     assert find(dtype="auto")[0].dtype == "auto" and folder.count == 3
 
@@ -270,7 +275,7 @@ def test_a_file_names_the_choice_and_its_dtype(tuned, tmp_path, monkeypatch):
     options = EngineOptions(tuned=str(path))
     args = options, CPU, 1, None
     choice, found = automatic.find_forms(folder, ModelChoice(path="x", dtype="auto"), *args)
-    assert (choice.dtype, found) == ("bfloat16", tuned)
+    assert (choice.dtype, choice.layers, found) == ("bfloat16", tuned.layers, tuned.forms)
     with pytest.raises(CheckpointError, match="another case: weights"):
         automatic.find_forms(folder, ModelChoice(path="x", dtype="float32"), *args)
     missing = EngineOptions(tuned=str(tmp_path / "no"))
