@@ -105,12 +105,12 @@ def greedy(config, params, ids, steps: int, ends: tuple[int, ...]) -> list[int]:
     return answer
 
 
-def first_layer(config, params, ids, size: int = 32, **how) -> tuple[np.ndarray, np.ndarray]:
+def first_layer(config, params, ids, **how) -> list[np.ndarray]:
     """Keys and values of the first layer, each [B, S, K, H], after reading the ids."""
-    empty = KVCache.new(config, len(ids), size, jnp.float32, params.get("prefix"))
+    empty = KVCache.new(config, len(ids), 32, jnp.float32, params.get("prefix"))
     _, cache = jit_forward(config, params, jnp.asarray(ids), cache=empty, **how)
-    k, v = (np.asarray(x[0]).swapaxes(1, 2) for x in (cache.k, cache.v))
-    return k, v
+    assert cache is not None
+    return [np.asarray(x)[0].swapaxes(1, 2) for x in (cache.k, cache.v)]
 
 
 def pairs(x: np.ndarray) -> np.ndarray:
@@ -249,8 +249,8 @@ def test_glm4(family):
         assert wrong <= tolerance, start
     positions = jnp.asarray(arrays["position_ids"], jnp.int32)
     # In the cache only real tokens have slots, from the first one on.
-    how = {"positions": positions, "segment_ids": jnp.asarray(mask)}
-    for ours, name in zip(first_layer(config, params, ids, **how), ("key", "value"), strict=True):
+    found = first_layer(config, params, ids, positions=positions, segment_ids=jnp.asarray(mask))
+    for ours, name in zip(found, ("key", "value"), strict=True):
         for row, real in enumerate(mask > 0):
             reference = arrays[f"layer0_{name}"][row][:, real].swapaxes(0, 1)
             assert np.abs(ours[row, : real.sum()] - reference).max() <= TOLERANCE
