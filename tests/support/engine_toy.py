@@ -60,30 +60,42 @@ def toy_engine(
     return Engine(cast(Any, checkpoint), programs=programs, **kwargs)
 
 
-_FILES = {
+FILES: dict[str, Any] = {
     "glm4": rank_file,
+    "glm4-0414": rank_file,
     "chatglm": chatglm_model,
     "glm": functools.partial(sp_model, byte_fallback=False),
 }
+"""A vocabulary of the kind of a family."""
 
 
-@functools.cache
-def family_engine(family: str, seq_length: int = 256) -> Engine:
-    """An engine of a family with a vocabulary of its kind; of ChatGLM-6B all heads have keys."""
-    tokenizer = Tokenizer.from_bytes(_FILES[family](), family)
-    sizes: Any = {"vocab_size": tokenizer.size + 7, "seq_length": seq_length}
-    config = dataclasses.replace(TOY, family=family, **sizes)
+def family_config(family: str, **changes: Any) -> GLMConfig:
+    """`TOY` of a family, with the ids of its vocabulary and its relations between sizes."""
+    tokenizer = Tokenizer.from_bytes(FILES[family](), family)
+    config = dataclasses.replace(
+        TOY, family=family, vocab_size=tokenizer.size + 7, eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id, **changes,
+    )  # fmt: skip
     if config.block.bidirectional:
         ids: Any = {"sop_token_id": tokenizer.suffix_ids[-1]}
         for name in ("mask", "gmask", "smask") if family == "glm" else ("mask", "gmask"):
             ids[f"{name}_token_id"] = tokenizer.special[f"[{name.replace('mask', 'MASK')}]"]
         config = dataclasses.replace(config, num_kv_heads=TOY.num_heads, **ids)
+    if family == "glm":
+        config = dataclasses.replace(config, ffn_hidden_size=4 * TOY.hidden_size)
+    return config
+
+
+@functools.cache
+def family_engine(family: str, seq_length: int = 256) -> Engine:
+    """An engine of a family with a vocabulary of its kind."""
+    config = family_config(family, seq_length=seq_length)
     params = init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x * 12 if x.ndim > 2 else x, params)
     checkpoint = SimpleNamespace(
         config=config,
         params=params,
-        tokenizer=tokenizer,
+        tokenizer=Tokenizer.from_bytes(FILES[family](), family),
         template=config.default_template,
         fingerprint="toy",
     )
