@@ -29,6 +29,15 @@ TOY = GLMConfig(
 )
 
 
+FILES: dict[str, Any] = {
+    "glm4": rank_file,
+    "glm4-0414": rank_file,
+    "chatglm": chatglm_model,
+    "glm": functools.partial(sp_model, byte_fallback=False),
+}
+"""A vocabulary of the kind of a family."""
+
+
 @functools.cache
 def toy_params(config: GLMConfig = TOY):
     """Random weights, large enough that greedy answers vary and never meet the end token."""
@@ -51,7 +60,7 @@ def toy_engine(
     checkpoint = SimpleNamespace(
         config=config,
         params=toy_params() if params is None else params,
-        tokenizer=Tokenizer.from_bytes(sp_model(), family),
+        tokenizer=Tokenizer.from_bytes(FILES.get(family, sp_model)(), family),
         template=template or config.default_template,
         fingerprint="toy",
     )
@@ -60,20 +69,11 @@ def toy_engine(
     return Engine(cast(Any, checkpoint), programs=programs, **kwargs)
 
 
-FILES: dict[str, Any] = {
-    "glm4": rank_file,
-    "glm4-0414": rank_file,
-    "chatglm": chatglm_model,
-    "glm": functools.partial(sp_model, byte_fallback=False),
-}
-"""A vocabulary of the kind of a family."""
-
-
 def family_config(family: str, **changes: Any) -> GLMConfig:
     """`TOY` of a family, with the ids of its vocabulary and its relations between sizes."""
     tokenizer = Tokenizer.from_bytes(FILES[family](), family)
     config = dataclasses.replace(
-        TOY, family=family, vocab_size=tokenizer.size + 7, eos_token_id=tokenizer.eos_id,
+        TOY, family=family, vocab_size=tokenizer.size // 8 * 8 + 8, eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id, **changes,
     )  # fmt: skip
     if config.block.bidirectional:
