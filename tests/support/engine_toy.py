@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -91,7 +92,11 @@ def family_engine(family: str, seq_length: int = 256) -> Engine:
     """An engine of a family with a vocabulary of its kind."""
     config = family_config(family, seq_length=seq_length)
     params = init_params(config, jax.random.key(0))
-    params = jax.tree.map(lambda x: x * 12 if x.ndim > 2 else x, params)
+    size = 12 * math.sqrt(config.block.residual_scale)
+    params = jax.tree.map(lambda x: x * size if x.ndim > 2 else x, params)
+    if config.block.tied_head:  # or every token would be followed by itself
+        final = jax.random.normal(jax.random.key(1), params["final_norm"].shape)
+        params = {**params, "final_norm": final}
     checkpoint = SimpleNamespace(
         config=config,
         params=params,
