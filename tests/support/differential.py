@@ -86,13 +86,16 @@ def random_config(random: np.random.Generator) -> GLMConfig:
 
 def random_params(config: GLMConfig, seed: int) -> Any:
     """Float32 weights, norms and biases included, whose greedy answers vary."""
-    random = np.random.default_rng(seed)
+    random, size = np.random.default_rng(seed), 0.3 * config.block.residual_scale**0.5
 
     def draw(path: Any, x: Any) -> jax.Array:
-        center, scale = ("norm" in path[-1].key, 0.1) if x.ndim < 3 else (0, 0.3)
+        norm = path[-1].key.endswith("norm")
+        center, scale = (norm, 0.1) if x.ndim < 3 else (0, size)
         return jnp.asarray(random.normal(center, scale, x.shape), jnp.float32)
 
     params = jax.tree.map_with_path(draw, abstract_params(config))
+    if config.block.tied_head:  # or every token would be followed by itself
+        params["final_norm"] = jnp.asarray(random.normal(0, 1, config.hidden_size), jnp.float32)
     if config.block.bidirectional:  # no answer has them: a text that is read again would change
         params["embed"] = params["embed"].at[-len(BLANKS) :].set(0)
     return params
@@ -234,7 +237,7 @@ def check(architecture: int, models: int) -> Iterator[tuple[str, str, str]]:
         weights: dict[str | None, Any] = {None: params}
         right: dict[str | None, Any] = {None: reference(program, params, prompts, ends)}
         said = {token for one in right[None] for token in one.tokens}
-        assert len(said) > 8, f"the answers of {config} do not vary: {said}"
+        assert len(said) > 6, f"the answers of {config} do not vary: {said}"
         for scheme in schemes:
             weights[scheme], plain = quantized(params, SCHEMES[scheme])
             right[scheme] = reference(program, plain, prompts, ends)
