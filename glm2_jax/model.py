@@ -205,7 +205,8 @@ class GLM(nn.Module):
         x = self._embedded(tokens)
         if context.positions is not None:
             for axis, name in enumerate(("positions", "blocks")):
-                x = x + jnp.take(self.weights[name], context.positions[:, axis], axis=0)
+                table = constrain(self.weights[name], None, None)  # as of `_embedded`
+                x = x + jnp.take(table, context.positions[:, axis], axis=0)
         x = x if noise is None else (x + noise).astype(x.dtype)
         return constrain(x, "B", None, None), *stacked
 

@@ -17,8 +17,9 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 # Files that compile much or start processes; `pytest -m fast` does not even import them.
 SLOW = {
-    "convert/adapters/test_adapter", "convert/adapters/test_merge_lora",
-    "convert/adapters/test_to_peft_hf", "convert/files/test_fuzz_readers",
+    "convert/adapters/test_adapter", "convert/adapters/test_adapter_families",
+    "convert/adapters/test_merge_lora", "convert/adapters/test_to_peft_hf",
+    "convert/files/test_fuzz_readers",
     "convert/hub/test_hub", "convert/loading/test_convert_memory",
     "convert/loading/test_convert_quantized", "convert/loading/test_params",
     "convert/loading/test_sharded_loading", "convert/test_convert_cli",

@@ -215,11 +215,16 @@ def ranks_from_json(data: bytes, source: str = "tokenizer.json") -> bytes:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict) or not vocabulary:
         raise refuse("Its model.vocab is not a table of tokens.")
-    lines = []
+    tokens: dict[int, str] = {}  # by their ranks
     for token, rank in vocabulary.items():
         if type(rank) is not int or not 0 <= rank < 10**9:
             raise refuse(f"The id of {shorten(token)} is {shorten(rank)}.")
         if not token or not _LETTER_BYTES.keys() >= set(token):
             raise refuse(f"The token {shorten(token)} is not written in GPT-2's byte letters.")
-        lines.append((rank, bytes(_LETTER_BYTES[letter] for letter in token)))
-    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in sorted(lines))
+        if (other := tokens.setdefault(rank, token)) != token:
+            raise refuse(f"The id of {shorten(token)} is {rank}, as that of {shorten(other)}.")
+    lines = []
+    for rank, token in sorted(tokens.items()):
+        data = bytes(_LETTER_BYTES[letter] for letter in token)
+        lines.append(b"%s %d\n" % (base64.b64encode(data), rank))
+    return b"".join(lines)

@@ -1,5 +1,6 @@
 """The other models of the family against stored arrays of their published code."""
 
+import dataclasses
 import functools
 import math
 from types import SimpleNamespace
@@ -15,7 +16,9 @@ from convert.adapters.prefix import load_prefix
 from convert.files.shards import open_weights
 from convert.layouts.names import match_tensors, rules_of, tied_head
 from convert.loading.params import load_params
-from glm2_jax import GLMConfig, KVCache
+from glm2_jax import GLMConfig, KVCache, forward
+from glm2_jax.block import BLOCKS
+from glm2_jax.model import hidden, unstack_layers
 from glm2_jax.prefix import Prefix, with_prefix
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import SCHEMES
@@ -102,6 +105,19 @@ def greedy(config, params, ids, steps: int, ends: tuple[int, ...]) -> list[int]:
     return answer
 
 
+def first_layer(config, params, ids, **how) -> list[np.ndarray]:
+    """Keys and values of the first layer, each [B, S, K, H], after reading the ids."""
+    empty = KVCache.new(config, len(ids), 32, jnp.float32, params.get("prefix"))
+    _, cache = jit_forward(config, params, jnp.asarray(ids), cache=empty, **how)
+    assert cache is not None
+    return [np.asarray(x)[0].swapaxes(1, 2) for x in (cache.k, cache.v)]
+
+
+def pairs(x: np.ndarray) -> np.ndarray:
+    """Stored keys of ChatGLM-6B [..., 16] with the two of a rotation next to each other."""
+    return x.reshape(*x.shape[:-1], 2, 2, 4).swapaxes(-1, -2).reshape(x.shape)
+
+
 @pytest.mark.parametrize("case", CHATGLM)
 def test_chatglm_6b(case):
     arrays = stored("chatglm6b_tiny")
@@ -126,14 +142,11 @@ def test_chatglm_6b_keys_and_loss():
     arrays = stored("chatglm6b_tiny")
     config = chatglm_config()
     params = params_of(config, weights_of(arrays))
-    ids = jnp.asarray(arrays["gmask/input_ids"])
-    cache = KVCache.zeros(config, 1, 32, jnp.float32)
-    _, cache = jit_forward(config, params, ids, cache=cache)
-    pairs = np.arange(16).reshape(2, 2, 4).swapaxes(1, 2).reshape(-1)
-    T = ids.shape[1]
-    for ours, name, order in ((cache.k, "key", pairs), (cache.v, "value", slice(None))):
-        reference = arrays[f"gmask/layer0_{name}"][:, 0][..., order]
-        assert np.abs(ours[0, 0, :, :T].swapaxes(0, 1) - reference).max() <= TOLERANCE
+    k, v = first_layer(config, params, arrays["gmask/input_ids"])
+    key, value = (arrays[f"gmask/layer0_{name}"].swapaxes(0, 1) for name in ("key", "value"))
+    T = key.shape[1]
+    assert np.abs(k[:, :T] - pairs(key)).max() <= TOLERANCE
+    assert np.abs(v[:, :T] - value).max() <= TOLERANCE
     logits, _ = jit_forward(config, params, jnp.asarray(arrays["train/input_ids"]))
     labels = arrays["train/labels"][:, 1:]
     scores = np.asarray(jax.nn.log_softmax(logits[:, :-1]))
@@ -173,6 +186,31 @@ def test_glm_base(case):
         assert found == list(answer[: len(found)])
 
 
+def test_the_input_of_the_second_layer_of_glm_base():
+    """The published code keeps it; here the first layer alone gives it."""
+    arrays, config = stored("glm_base_tiny"), glm_config()
+    params = params_of(config, weights_of(arrays))
+    one = {**params, "layers": unstack_layers(params)["layers"][:1]}
+    x = hidden(config, one, jnp.asarray(arrays["mask/input_ids"]))
+    assert np.abs(x - arrays["mask/mem_layer1"]).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["mask", "gmask", "gmask_no_eos", "padded"])
+def test_glm_base_with_the_other_gelu(case, monkeypatch):
+    """By the tanh formula, which some copies of the published code compute."""
+    monkeypatch.setitem(BLOCKS, "glm", dataclasses.replace(BLOCKS["glm"], mlp="gelu_tanh"))
+    arrays, config = stored("glm_base_tiny"), glm_config()
+    params, ids = params_of(config, weights_of(arrays)), arrays[f"{case}/input_ids"]
+    length = ids.shape[1]
+    visible = arrays[f"{case}/generation_attention_mask"][:, 0, length - 1, :length] > 0
+    # Not compiled: a program of an equal configuration has the table as it was.
+    segments = jnp.asarray(visible, jnp.int32)
+    logits, _ = forward(config, params, jnp.asarray(ids), segment_ids=segments)
+    expected, erf = arrays[f"{case}/logits_tanh_gelu"], arrays[f"{case}/logits"][:, length - 1 :]
+    assert np.abs(logits[:, -1:] - expected).max() <= TOLERANCE / 10
+    assert np.abs(erf[:, :1] - expected).max() > TOLERANCE
+
+
 def test_several_blanks():
     arrays = stored("glm_base_tiny")
     config, context = glm_config(), arrays["several/context"].reshape(-1)
@@ -209,6 +247,13 @@ def test_glm4(family):
         )
         wrong = np.abs(logits - arrays[f"{start}logits"])[mask[: len(positions)] > 0].max()
         assert wrong <= tolerance, start
+    positions = jnp.asarray(arrays["position_ids"], jnp.int32)
+    # In the cache only real tokens have slots, from the first one on.
+    found = first_layer(config, params, ids, positions=positions, segment_ids=jnp.asarray(mask))
+    for ours, name in zip(found, ("key", "value"), strict=True):
+        for row, real in enumerate(mask > 0):
+            reference = arrays[f"layer0_{name}"][row][:, real].swapaxes(0, 1)
+            assert np.abs(ours[row, : real.sum()] - reference).max() <= TOLERANCE
     for row, answer in enumerate(arrays["greedy"]):
         found = greedy(config, params, ids[row][mask[row] > 0], len(answer), (119, 122, 124))
         assert found == list(answer[: len(found)])
@@ -276,8 +321,12 @@ def test_prefixes_of_chatglm_6b(tmp_path, form):
     for how in ({}, {"cache": cache}):
         logits, _ = jit_forward(config, params, ids, **how)
         assert np.abs(logits - arrays[f"{form}/logits"]).max() <= TOLERANCE
-    hidden = base["padded/attention_mask"]
-    real = ~hidden[:, 0].all(axis=1)
+    k, v = first_layer(config, params, ids)
+    key, value = (arrays[f"{form}/layer0_{name}"].swapaxes(0, 1) for name in ("key", "value"))
+    T = key.shape[1]
+    assert np.abs(k[:, :T] - pairs(key)).max() <= TOLERANCE
+    assert np.abs(v[:, :T] - value).max() <= TOLERANCE
+    real = ~base["padded/attention_mask"][:, 0].all(axis=1)
     segments = jnp.asarray(real, jnp.int32)
     logits, _ = jit_forward(config, params, base["padded/input_ids"], segment_ids=segments)
     assert np.abs(logits - arrays[f"{form}/padded_logits"])[real].max() <= TOLERANCE

@@ -8,6 +8,7 @@ The reference reads the text again for each token: one device, stacked float32 w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -33,6 +34,7 @@ NEW_TOKENS, LONGEST = 16, 48  # of an answer; of a text
 END = -1
 TIE = 1e-5  # two likeliest logits this close may change places with the order of a sum
 GREEDY = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS)
+BLANKS = ("sop", "gmask", "mask", "smask")  # the last ids, where there are any
 Texts = list[list[int]]
 
 
@@ -60,7 +62,7 @@ def random_config(random: np.random.Generator) -> GLMConfig:
     """A model of sizes that no published one has; half of them fit a mesh along `tensor`."""
     pick: Callable[..., Any] = lambda *choices: choices[random.integers(len(choices))]  # noqa: E731
     kv_heads, multiple = pick(1, 2, 3, 4), pick(2, 8)
-    return GLMConfig(
+    config = GLMConfig(
         num_layers=pick(1, 2, 3, 4, 5),
         vocab_size=multiple * int(random.integers(-(-104 // multiple), 300 // multiple)),
         hidden_size=multiple * int(random.integers(2, 7)),
@@ -76,23 +78,37 @@ def random_config(random: np.random.Generator) -> GLMConfig:
         logn_scaling=pick(False, True),
         family=pick(*FAMILIES),
     )
+    if not config.block.bidirectional:
+        return config
+    ids = {f"{name}_token_id": config.vocab_size - i for i, name in enumerate(BLANKS, 1)}
+    return dataclasses.replace(config, **ids)
 
 
 def random_params(config: GLMConfig, seed: int) -> Any:
     """Float32 weights, norms and biases included, whose greedy answers vary."""
-    random = np.random.default_rng(seed)
+    random, size = np.random.default_rng(seed), 0.3 * config.block.residual_scale**0.5
 
     def draw(path: Any, x: Any) -> jax.Array:
-        center, scale = ("norm" in path[-1].key, 0.1) if x.ndim < 3 else (0, 0.3)
+        norm = path[-1].key.endswith("norm")
+        center, scale = (norm, 0.1) if x.ndim < 3 else (0, size)
         return jnp.asarray(random.normal(center, scale, x.shape), jnp.float32)
 
-    return jax.tree.map_with_path(draw, abstract_params(config))
+    params = jax.tree.map_with_path(draw, abstract_params(config))
+    if config.block.tied_head:  # or every token would be followed by itself
+        params["final_norm"] = jnp.asarray(random.normal(0, 1, config.hidden_size), jnp.float32)
+    if config.block.bidirectional:  # no answer has them: a text that is read again would change
+        params["embed"] = params["embed"].at[-len(BLANKS) :].set(0)
+    return params
 
 
 def random_prompts(config: GLMConfig, random: np.random.Generator) -> Texts:
     """Four prompts; the first repeats itself, so that drafts are found."""
     drawn = [random.integers(3, config.vocab_size, n) for n in random.integers(1, 32, 4)]
-    return [[*drawn[0].tolist()[:8] * 3], *(ids.tolist() for ids in drawn[1:])]
+    texts = [[*drawn[0].tolist()[:8] * 3], *(ids.tolist() for ids in drawn[1:])]
+    if config.block.bidirectional:
+        end = config.gmask_token_id, config.sop_token_id
+        texts = [[*(x for x in ids[:29] if x < config.mask_token_id), *end] for ids in texts]
+    return texts
 
 
 def reference(
@@ -220,6 +236,8 @@ def check(architecture: int, models: int) -> Iterator[tuple[str, str, str]]:
         ends = toy_engine(params, config=config, family=config.family).stop_ids
         weights: dict[str | None, Any] = {None: params}
         right: dict[str | None, Any] = {None: reference(program, params, prompts, ends)}
+        said = {token for one in right[None] for token in one.tokens}
+        assert len(said) > 6, f"the answers of {config} do not vary: {said}"
         for scheme in schemes:
             weights[scheme], plain = quantized(params, SCHEMES[scheme])
             right[scheme] = reference(program, plain, prompts, ends)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,6 +30,15 @@ TOY = GLMConfig(
 )
 
 
+FILES: dict[str, Any] = {
+    "glm4": rank_file,
+    "glm4-0414": rank_file,
+    "chatglm": chatglm_model,
+    "glm": functools.partial(sp_model, byte_fallback=False),
+}
+"""A vocabulary of the kind of a family."""
+
+
 @functools.cache
 def toy_params(config: GLMConfig = TOY):
     """Random weights, large enough that greedy answers vary and never meet the end token."""
@@ -51,7 +61,7 @@ def toy_engine(
     checkpoint = SimpleNamespace(
         config=config,
         params=toy_params() if params is None else params,
-        tokenizer=Tokenizer.from_bytes(sp_model(), family),
+        tokenizer=Tokenizer.from_bytes(FILES.get(family, sp_model)(), family),
         template=template or config.default_template,
         fingerprint="toy",
     )
@@ -60,30 +70,37 @@ def toy_engine(
     return Engine(cast(Any, checkpoint), programs=programs, **kwargs)
 
 
-_FILES = {
-    "glm4": rank_file,
-    "chatglm": chatglm_model,
-    "glm": functools.partial(sp_model, byte_fallback=False),
-}
-
-
-@functools.cache
-def family_engine(family: str, seq_length: int = 256) -> Engine:
-    """An engine of a family with a vocabulary of its kind; of ChatGLM-6B all heads have keys."""
-    tokenizer = Tokenizer.from_bytes(_FILES[family](), family)
-    sizes: Any = {"vocab_size": tokenizer.size + 7, "seq_length": seq_length}
-    config = dataclasses.replace(TOY, family=family, **sizes)
+def family_config(family: str, **changes: Any) -> GLMConfig:
+    """`TOY` of a family, with the ids of its vocabulary and its relations between sizes."""
+    tokenizer = Tokenizer.from_bytes(FILES[family](), family)
+    config = dataclasses.replace(
+        TOY, family=family, vocab_size=tokenizer.size // 8 * 8 + 8, eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id, **changes,
+    )  # fmt: skip
     if config.block.bidirectional:
         ids: Any = {"sop_token_id": tokenizer.suffix_ids[-1]}
         for name in ("mask", "gmask", "smask") if family == "glm" else ("mask", "gmask"):
             ids[f"{name}_token_id"] = tokenizer.special[f"[{name.replace('mask', 'MASK')}]"]
         config = dataclasses.replace(config, num_kv_heads=TOY.num_heads, **ids)
+    if family == "glm":
+        config = dataclasses.replace(config, ffn_hidden_size=4 * TOY.hidden_size)
+    return config
+
+
+@functools.cache
+def family_engine(family: str, seq_length: int = 256) -> Engine:
+    """An engine of a family with a vocabulary of its kind."""
+    config = family_config(family, seq_length=seq_length)
     params = init_params(config, jax.random.key(0))
-    params = jax.tree.map(lambda x: x * 12 if x.ndim > 2 else x, params)
+    size = 12 * math.sqrt(config.block.residual_scale)
+    params = jax.tree.map(lambda x: x * size if x.ndim > 2 else x, params)
+    if config.block.tied_head:  # or every token would be followed by itself
+        final = jax.random.normal(jax.random.key(1), params["final_norm"].shape)
+        params = {**params, "final_norm": final}
     checkpoint = SimpleNamespace(
         config=config,
         params=params,
-        tokenizer=tokenizer,
+        tokenizer=Tokenizer.from_bytes(FILES[family](), family),
         template=config.default_template,
         fingerprint="toy",
     )

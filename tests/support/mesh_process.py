@@ -28,4 +28,6 @@ def run(module: str, *args: str, timeout: int = 600) -> Any:
         command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=timeout
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    # What XLA says where it finds no way to cut an array but to copy all of it to every device.
+    assert "Involuntary full rematerialization" not in done.stderr, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -4,6 +4,7 @@ saved where. As a program, this trains on meshes of eight devices."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from glm2_jax import GLMConfig, init_lora, lora_sharding, make_mesh, params_sharding, parse_mesh
+from glm2_jax.choices import FAMILIES
 from glm2_jax.schemes import SCHEMES
 from tests.support import hurry
 from tests.support.checkpoints import save, tiny_config
@@ -48,26 +50,43 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = GLMConfig(2, 104, 64, 96, 8, 2, 16, 64)
 A, B, T, STEPS, SAVED = 2, 3, 16, 4, 2  # three rows: no mesh of these divides them
 
-# Name -> the scheme of the base, or "full"; and the meshes to compare with one device.
+# Name -> the scheme of the base, or "full"; and the meshes to compare with one device. Families are
+# trained by an adapter.
 CASES: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "lora": (None, ("tensor=8", "data=2,tensor=4", "data=8")),
     "int8": ("int8", ("data=2,fsdp=2,tensor=2",)),
     "full": ("full", ("tensor=2,fsdp=2,data=2",)),
+    "glm4-0414": (None, ("data=2,fsdp=2,tensor=2",)),
+    "chatglm": (None, ("data=2,fsdp=2,tensor=2",)),
+    "glm": (None, ("data=2,fsdp=2,tensor=2",)),
 }
 
 
-def batch(number: int) -> Batch:
+def config_of(name: str) -> GLMConfig:
+    """The model of a case."""
+    config = dataclasses.replace(CONFIG, family=name if name in FAMILIES else CONFIG.family)
+    if config.block.bidirectional:
+        ids: Any = {"sop_token_id": 1, "mask_token_id": 2, "gmask_token_id": 2}
+        config = dataclasses.replace(config, num_kv_heads=config.num_heads, **ids)
+    return config
+
+
+def batch(config: GLMConfig, number: int) -> Batch:
     """What a step learns from: rows of several sequences and padding after them."""
     random = np.random.default_rng(number)
-    tokens = random.integers(3, CONFIG.vocab_size, (A, B, T)).astype(np.int32)
+    tokens = random.integers(3, config.vocab_size, (A, B, T)).astype(np.int32)
     segments = np.repeat([[1, 2, 0]], (6, 7, 3), axis=1).astype(np.int32)
     positions = np.concatenate([np.arange(6), np.arange(7), np.zeros(3)]).astype(np.int32)
     segments, positions = (np.broadcast_to(x, (A, B, T)) for x in (segments[0], positions))
-    return Batch(tokens, segments, positions, (positions > 0) & (segments > 0))
+    learned = (positions > 0) & (segments > 0)
+    if config.block.bidirectional:  # a mask and <sop> are in every sequence; learned is the rest
+        tokens = np.select([positions == 2, positions == 3], [2, 1], tokens).astype(np.int32)
+        learned = positions > 3
+    return Batch(tokens, segments, positions, learned)
 
 
-def adapter() -> Any:
-    lora = init_lora(CONFIG, jax.random.key(3), rank=4, targets="attn+mlp", dropout=0.2)
+def adapter(config: GLMConfig) -> Any:
+    lora = init_lora(config, jax.random.key(3), rank=4, targets="attn+mlp", dropout=0.2)
     random = np.random.default_rng(4)
     return jax.tree.map(lambda x: np.asarray(random.normal(0, 0.1, x.shape), x.dtype), lora)
 
@@ -76,12 +95,13 @@ class Case:
     """One form of training on one device, or on a mesh."""
 
     def __init__(self, name: str, text: str | None):
+        config = self.config = config_of(name)
         mesh = None if text is None else make_mesh(parse_mesh(text))
         self.devices = Devices(jax.devices()[0], mesh)
         self.full, scheme = name == "full", SCHEMES.get(CASES[name][0] or "")
-        params, lora = toy_params(CONFIG), None if self.full else adapter()
+        params, lora = toy_params(config), None if self.full else adapter(config)
         params = params if scheme is None else quantized(params, scheme)[0]
-        places = None if mesh is None else params_sharding(CONFIG, mesh, scheme=scheme)
+        places = None if mesh is None else params_sharding(config, mesh, scheme=scheme)
         params = trained = self.devices.put(params, places)
         if lora is not None:
             trained = self.devices.put(lora, None if mesh is None else lora_sharding(lora, mesh))
@@ -93,8 +113,8 @@ class Case:
         state = self.devices.state(self.numbers.optimizer(), trained, loss_scaling=False)
         self.start = trained, state
         self.key = self.devices.key(7)
-        step = make_step(CONFIG, remat=False, out_shardings=self.devices.shardings(*self.start))
-        rows = self.devices.batch(batch(0))
+        step = make_step(config, remat=False, out_shardings=self.devices.shardings(*self.start))
+        rows = self.devices.batch(batch(config, 0))
         with self.devices.active():
             lowered = step.lower(self.base, *self.start, rows, self.key, 0, self.numbers)
             self.program = lowered.compile()
@@ -103,16 +123,16 @@ class Case:
         """(what is trained and the optimizer's state, loss and norm of the steps)."""
         found = []
         for number in steps:
-            rows = self.devices.batch(batch(number))
+            rows = self.devices.batch(batch(self.config, number))
             *state, metrics = self.program(self.base, *state, rows, self.key, number, self.numbers)
             found.append([float(metrics.loss), float(metrics.grad_norm)])
         return tuple(state), found
 
     def validation(self, trained: Any) -> float:
-        rows = self.devices.batch(jax.tree.map(lambda x: x[0], batch(99)))
+        rows = self.devices.batch(jax.tree.map(lambda x: x[0], batch(self.config, 99)))
         params, lora = (trained, None) if self.full else (self.base, trained)
         with self.devices.active():
-            total, count = make_eval(CONFIG)(params, lora, rows)
+            total, count = make_eval(self.config)(params, lora, rows)
         return float(total) / int(count)
 
 
@@ -159,7 +179,9 @@ def found():
 def test_meshes_give_the_losses_of_one_device(found):
     """With dropout and noise, of rows that the mesh does not divide, also where it goes on with
     what was saved on another mesh."""
-    assert {name: len(cases) for name, cases in found.items()} == {"lora": 4, "int8": 2, "full": 2}
+    assert {name: len(cases) for name, cases in found.items()} == {
+        "lora": 4, "int8": 2, "full": 2, "glm4-0414": 2, "chatglm": 2, "glm": 2,
+    }  # fmt: skip
     for one, *others in found.values():
         wanted = {"losses": one["losses"], "resumed": one["whole"]}
         for case in (one, *others):

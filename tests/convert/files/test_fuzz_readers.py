@@ -26,7 +26,7 @@ from convert.files.manifest import verify_checkpoint
 from convert.files.safetensors_reader import read_safetensors_file
 from convert.files.shards import open_weights
 from convert.files.torch_reader import read_state_dict, read_torch_file
-from convert.loading.folder import fingerprint, open_folder
+from convert.loading.folder import fingerprint, open_folder, read_architecture
 from glm2_jax.cli.text_input import open_input, read_lines
 from glm2_jax.errors import GLMError, InputError
 from glm2_jax.text.prompt import build_prompt
@@ -37,7 +37,8 @@ from infer.requests.request import Request, parse_line, read_history
 from tests.support.checkpoints import TINY, write_official
 from tests.support.checkpoints import save as save_own
 from tests.support.fuzz_inputs import Bytes, damaged, edited_list, json_bytes
-from tests.support.sp_model import field, piece, sp_model
+from tests.support.rank_file import fast_file, rank_file
+from tests.support.sp_model import chatglm_model, field, piece, sp_model
 from tests.support.torch_zip import pickle_global, state_dict_pickle, tensor_pickle, write_members
 
 CAP = 256 * 2**20  # bytes of memory that reading a file of a few kilobytes may take
@@ -180,12 +181,27 @@ _FIELDS = [
 ]  # fmt: skip
 
 
-def _use_tokenizer(path: Path) -> None:
-    tokenizer = Tokenizer.from_file(path, "chatglm3")
+def _use_tokenizer(tokenizer: Tokenizer | None) -> None:
+    assert tokenizer is not None
     for text in ("", "你好 world\n\0<0x0A></s>", "\u2581 a"):
         tokenizer.decode([-1, *tokenizer.encode(text), *tokenizer.special.values()])
     for i in range(tokenizer.size):
         tokenizer.token_bytes(i)
+
+
+_LINES_OF_RANKS = [
+    b"AA== 0\n", b"enp6 5\n", b"enp6 285\n", b"enp6 1000000000\n", b"enp6 -1\n", b"enp6 007\n",
+    b"enp6 \xd9\xa3\n", b"enp6  9\n", b"enp6\n", b" 9\n", b"\n", b"\0\n", b"enp 9\n", b"e=p6 9\n",
+    b"Zg== 9\n", b"Zh== 9\n", b"====\n", b"\r", b"\x0c", b"enp6 " + b"9" * 5000 + b"\n",
+    b"A" * 40_000 + b" 285\n",
+]  # fmt: skip
+
+# Of a folder of GLM-4-0414, whose vocabulary is in tokenizer.json.
+_NATIVE = {
+    "model_type": "glm4", "vocab_size": 640, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "pad_token_id": 285, "eos_token_id": 285,
+}  # fmt: skip
 
 
 _LINES = [
@@ -258,9 +274,29 @@ TARGETS = {
     "manifest": Target("manifest.json", _open, st.deferred(_manifests), save_own),
     "tokenizer": Target(
         "tokenizer.model",
-        _use_tokenizer,
+        lambda path: _use_tokenizer(Tokenizer.from_file(path, "chatglm3")),
         # Fields of a protocol buffer that come later add to those before.
         damaged(edited_list([sp_model()], _FIELDS).map(b"".join)),
+    ),
+    "ice_text": Target(
+        "ice_text.model",
+        lambda path: _use_tokenizer(Tokenizer.from_file(path, None)),
+        damaged(edited_list([chatglm_model()], _FIELDS).map(b"".join)),
+    ),
+    "rank_file": Target(
+        "tokenizer.model",
+        lambda path: _use_tokenizer(Tokenizer.from_file(path, "glm4")),
+        st.one_of(
+            st.just(rank_file()),
+            damaged(st.just(rank_file())),
+            edited_list(rank_file().splitlines(keepends=True), _LINES_OF_RANKS).map(b"".join),
+        ),
+    ),
+    "tokenizer_json": Target(
+        "tokenizer.json",
+        lambda path: _use_tokenizer(read_architecture(path.parent).tokenizer),
+        json_bytes(fast_file(), {**fast_file(), "added_tokens": []}),
+        lambda folder: (folder / "config.json").write_text(json.dumps(_NATIVE)),
     ),
     "batch": Target(
         "batch.jsonl",

@@ -9,6 +9,7 @@ import pytest
 from convert.layouts.hf_config import native_config
 from convert.loading.folder import read_architecture, read_config
 from glm2_jax import PRESETS, CheckpointError, GLMConfig, Tokenizer, UsageError
+from glm2_jax.choices import FAMILIES
 from glm2_jax.family import ROLE_TOKENS
 from glm2_jax.schemes import SCHEMES
 from glm2_jax.text.prompt import stop_ids
@@ -171,6 +172,39 @@ def test_a_model_with_the_tokenizer_of_another_is_refused(
         read_architecture(folder, family="glm4-0414" if files is not RANK_FILE else "chatglm2")
 
 
+CONFIGS = {
+    "official": OFFICIAL, "GlmForCausalLM": {**NATIVE, "model_type": "glm"},
+    "Glm4ForCausalLM": {**NATIVE, "model_type": "glm4"}, "ChatGLM-6B": CHATGLM, "GLM": BASE,
+}  # fmt: skip
+VOCABULARIES = {
+    "pieces": SP, "ranks": RANK_FILE, "fast": {"tokenizer_json": FAST}, "ice": ICE_FILE,
+    "cog": {"cog_pretrain_model": COG},
+}  # fmt: skip
+# The family of each pair that is one model; of all others none is.
+PAIRS = {
+    **{("official", name): "glm4" for name in ("ranks", "fast")},
+    **{("GlmForCausalLM", name): "glm4" for name in ("ranks", "fast")},
+    **{("Glm4ForCausalLM", name): "glm4-0414" for name in ("ranks", "fast")},
+    **{(name, "pieces"): "chatglm2" for name in ("official", "GlmForCausalLM")},
+    ("ChatGLM-6B", "ice"): "chatglm",
+    ("GLM", "cog"): "glm",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_pairs_of_a_configuration_and_a_vocabulary(tmp_path, name):
+    for vocabulary, files in VOCABULARIES.items():
+        folder = small_files(tmp_path / vocabulary, CONFIGS[name], **files)
+        if (name, vocabulary) in PAIRS:
+            assert read_architecture(folder).config.family == PAIRS[name, vocabulary]
+            continue
+        with pytest.raises(CheckpointError, match="belong to different models"):
+            read_architecture(folder)
+        for family in FAMILIES:  # no flag makes them fit
+            with pytest.raises(CheckpointError):
+                read_architecture(folder, family=family)
+
+
 def test_the_flag_has_to_suit_the_configuration(tmp_path):
     folder = small_files(tmp_path / "m", OFFICIAL, **RANK_FILE)
     assert read_architecture(folder, family="glm4").config.family == "glm4"
@@ -188,6 +222,7 @@ def test_the_flag_has_to_suit_the_configuration(tmp_path):
         ({"model": {"vocab": {"a": "0"}}}, "The id of 'a' is '0'"),
         ({"model": {"vocab": {"▁a": 0}}}, "byte letters"),
         ({"model": {"vocab": {"a": 5}}}, "Rank 0 is missing"),
+        ({"model": {"vocab": {"a": 0, "b": 1, "c": 1}}}, "The id of 'c' is 1, as that of 'b'"),
         ({"model": {}}, "model.vocab is not a table"),
     ],
 )

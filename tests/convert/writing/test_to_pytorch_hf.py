@@ -15,8 +15,17 @@ from hypothesis import strategies as st
 from convert import load_checkpoint
 from convert.loading.folder import open_folder
 from convert.writing.pytorch import export_folder
-from tests.support.checkpoints import TINY, random_params, save, tiny_config, write_official
+from glm2_jax import KVCache
+from tests.support.checkpoints import (
+    TINY,
+    convert_folder,
+    random_params,
+    save,
+    tiny_config,
+    write_official,
+)
 from tests.support.paths import ROOT
+from tests.support.rank_file import fast_file
 from tests.support.sp_model import sp_model
 from tests.support.toy import jit_forward
 
@@ -38,10 +47,10 @@ def export(source, folder, **options):
     return folder
 
 
-def pretrained(folder):
+def pretrained(folder, kind=transformers.GlmForCausalLM):
     """The folder as transformers opens it by itself, in float32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert type(model) is transformers.GlmForCausalLM
+    assert type(model) is kind
     return model.eval()
 
 
@@ -140,6 +149,85 @@ def test_what_transformers_saves_is_read(tmp_path):
     assert (ours.config.rope_kind, ours.config.rope_ratio) == ("linear", 4.0)
     assert ours.config.family == "chatglm2" and ours.config.seq_length == 64
     assert_same_model(tmp_path, tmp_path)
+
+
+# Sizes of tiny GLM-4s: one key/value head for all, half as many, and one for each; odd sizes.
+GLM4 = {
+    "one kv head": dict(
+        hidden_size=48, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
+        intermediate_size=72, attention_bias=True, theta=5e6,
+    ),
+    "without biases": dict(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=64, attention_bias=False, theta=1e4,
+    ),
+    "kv heads as heads, odd sizes": dict(
+        hidden_size=37, num_attention_heads=3, num_key_value_heads=3, head_dim=12,
+        intermediate_size=51, attention_bias=True, theta=5e6,
+    ),
+}  # fmt: skip
+
+
+def random_glm4(kind: str, *, theta: float, **sizes):
+    """A random model of a class of transformers; of its norms and biases none is the usual one."""
+    rope = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.5}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=311, num_hidden_layers=2, max_position_embeddings=64, rms_norm_eps=1e-5,
+        pad_token_id=285, eos_token_id=[285, 292, 294], rope_parameters=rope, **sizes,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            size = 0.3 if weight.ndim == 1 else 1.5 / weight.shape[-1] ** 0.5
+            size = 1 if "embed" in name else size  # so that an answer depends on its last token
+            weight.copy_(torch.randn(weight.shape) * size + ("norm" in name))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("Glm", "one kv head"), ("Glm", "kv heads as heads, odd sizes"),
+        ("Glm4", "without biases"), ("Glm4", "kv heads as heads, odd sizes"),
+    ],
+)  # fmt: skip
+def test_glm_4_of_transformers_comes_and_goes_back(tmp_path, kind, shape):
+    """Logits of a left-padded batch, and its greedy answers with a cache."""
+    theirs = random_glm4(kind, **GLM4[shape])
+    theirs.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs/tokenizer.json").write_text(json.dumps(fast_file()))
+    mask = np.array([[0] * 5 + [1] * 4, [1] * 9])
+    tokens = np.where(mask, TOKENS[:, :9] % 280, 285)
+    ids, seen = torch.tensor(tokens), torch.tensor(mask)
+    with torch.no_grad():
+        where = (seen.cumsum(1) - 1).clamp(min=0)
+        expected = theirs(ids, attention_mask=seen, position_ids=where).logits.numpy()
+        greedy = theirs.generate(
+            ids, attention_mask=seen, max_new_tokens=12, do_sample=False, eos_token_id=None
+        )[:, 9:].numpy()
+    assert len(set(greedy.flat)) > 8, "answers that vary"
+
+    ours = load_checkpoint(tmp_path / "theirs", dtype="float32")
+    assert ours.config.family == {"Glm": "glm4", "Glm4": "glm4-0414"}[kind]
+    params, found = jax.tree.map(jnp.asarray, ours.params), []
+    cache = KVCache.zeros(ours.config, 2, 24, jnp.float32)
+    segments = jnp.asarray(mask, jnp.int32)
+    for new in (jnp.asarray(tokens, jnp.int32), *jnp.asarray(greedy, jnp.int32).T[:-1]):
+        form = {"segment_ids": segments} if new.ndim == 2 else {}
+        logits, cache = jit_forward(ours.config, params, new.reshape(2, -1), cache=cache, **form)
+        found.append(logits)
+    assert np.abs(found[0] - expected)[mask > 0].max() <= 1e-4 * np.abs(expected).max()
+    answers = np.stack([logits[:, -1].argmax(-1) for logits in found], axis=1)
+    np.testing.assert_array_equal(answers, greedy)
+
+    convert_folder(open_folder(tmp_path / "theirs"), tmp_path / "own")
+    back = pretrained(export(tmp_path / "own", tmp_path / "back"), type(theirs))
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight), name
+    with torch.no_grad():
+        again = back(ids, attention_mask=seen, position_ids=where).logits.numpy()
+    assert np.array_equal(again, expected)
 
 
 def test_the_example_of_the_docs(tmp_path, capsys):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from glm2_jax.errors import CheckpointError
 from glm2_jax.text.ranks import BYTE_LETTERS, Ranks, ranks_from_json
 from glm2_jax.text.tokenizer import SPECIAL, Detokenizer, Tokenizer
-from tests.support.rank_file import rank_file
+from tests.support.rank_file import fast_file, rank_file
 from tests.support.shared_data import shared_file, shared_path
 from tests.support.sp_model import sp_model
 
@@ -199,13 +199,8 @@ def test_each_kind_of_file_serves_its_own_families():
         TINY.with_tokens("chatglm2")
 
 
-def table() -> dict:
-    vocabulary = {TINY.piece(i): i for i in range(TINY.num_pieces)}
-    return {"added_tokens": [], "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}
-
-
 def test_a_rank_file_of_tokenizer_json():
-    assert ranks_from_json(json.dumps(table()).encode()) == rank_file()
+    assert ranks_from_json(json.dumps(fast_file()).encode()) == rank_file()
     assert TINY.piece(TINY.encode(" the")[0]) == "\u0120the"
     assert sorted(BYTE_LETTERS) == sorted(set(BYTE_LETTERS)) and len(BYTE_LETTERS) == 256
     for change, why in (
@@ -216,7 +211,7 @@ def test_a_rank_file_of_tokenizer_json():
         ({"model": {"vocab": {"": 1}}}, "is not written"),
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match=why):
-            ranks_from_json(json.dumps(table() | change).encode())
+            ranks_from_json(json.dumps(fast_file() | change).encode())
     for data in (b"", b"{", b"[]", b"\xff", b"[" * 100_000):
         with pytest.raises(CheckpointError, match="no byte-level vocabulary"):
             ranks_from_json(data)
