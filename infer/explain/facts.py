@@ -26,7 +26,7 @@ class Stage:
     note_zh: str
     axes: str  # of the shape, for example "BTNH"; C is gate and up, or only up
     shape: tuple[int, ...]  # of the result
-    reference: tuple[int, ...]  # the same in the published PyTorch code, sequence first
+    reference: tuple[int, ...]  # the same in the published PyTorch code
     params: int
     flops: int  # 2 for each multiply-add of a matrix product
     bytes: int  # weights read, keys and values written and read
@@ -108,7 +108,7 @@ class Token:
     """An id with its piece and its text."""
 
     id: int
-    piece: str  # as the tokenizer stores it ("▁" is a space, "<0x0A>" a byte), or a special's name
+    piece: str  # as SentencePiece writes it ("▁" is a space, "<0x0A>" a byte), or a special's name
     text: str  # "" for special ids
 
 
