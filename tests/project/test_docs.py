@@ -1,0 +1,43 @@
+"""The pages of docs/ that are in two languages say the same, and their links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.project.test_architecture_docs import numbers
+from tests.support.paths import ROOT
+
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+CHINESE = sorted(DOCS.glob("*.zh.md"))
+
+
+def anchors(path: Path) -> set[str]:
+    """Where links into a page may lead, as GitHub names its headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", CHINESE, ids=lambda path: path.name)
+def test_both_languages_say_the_same(path):
+    english = (DOCS / path.name.replace(".zh", "")).read_text(encoding="utf-8")
+    chinese = path.read_text(encoding="utf-8")
+    assert f"[中文]({path.name})" in english and f"({path.name.replace('.zh', '')})" in chinese
+    assert BLOCK.findall(english) == BLOCK.findall(chinese)
+    pages = [BLOCK.sub("", page).splitlines() for page in (english, chinese)]
+    for start in ("#", "|", "* ", "![", ""):
+        lines = [[numbers(line) for line in page if line.startswith(start)] for page in pages]
+        assert lines[0] == lines[1], start
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    page = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)]+)\)", page):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = DOCS / name if name else path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
