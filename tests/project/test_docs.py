@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from glm2_jax import PRESETS
+from infer.explain.__main__ import main as explain
 from tests.project.test_architecture_docs import numbers
 from tests.support.paths import ROOT
 
@@ -41,3 +43,17 @@ def test_links_lead_somewhere(path):
         file = DOCS / name if name else path
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+def test_the_figures_of_other_families(capsys):
+    """Of the table in docs/sharding.md."""
+    page = (DOCS / "sharding.md").read_text(encoding="utf-8")
+    row = r"^\| (\S+) \| (\d+): \w+.*? \| (\S+ GB) and (\S+ MB).*? \| (\d+) \|$"
+    rows = re.findall(row, page, re.MULTILINE)
+    assert len(rows) == 4
+    for name, heads, weights, cache, reduces in rows:
+        assert PRESETS[name].num_kv_heads == int(heads)
+        explain(["--config", name, "--mesh", "tensor=8", "--device", "v5e-8"])
+        out = capsys.readouterr().out
+        assert f"weights {weights}, cache {cache}," in out
+        assert f"{int(reduces) + 1} collectives" in out  # and one all-gather of the logits
