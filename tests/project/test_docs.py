@@ -1,12 +1,14 @@
 """The pages of docs/ that are in two languages say the same, and their links lead somewhere."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from glm2_jax import PRESETS
 from infer.explain.__main__ import main as explain
+from infer.memory.plan import cache_bytes
 from tests.project.test_architecture_docs import numbers
 from tests.support.paths import ROOT
 
@@ -57,3 +59,18 @@ def test_the_figures_of_other_families(capsys):
         out = capsys.readouterr().out
         assert f"weights {weights}, cache {cache}," in out
         assert f"{int(reduces) + 1} collectives" in out  # and one all-gather of the logits
+
+
+def test_the_figures_of_the_generations():
+    """Parameters and cache in docs/architecture.md."""
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    cells = dict(re.findall(r"^\| ([\w ,]+?) \| (.*) \|$", page, re.MULTILINE))
+    english = replace(PRESETS["glm-10b-chinese"], vocab_size=50304)
+    chat = [PRESETS[name] for name in ("chatglm-6b", "chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat")]
+    sandwich = PRESETS["glm-4-9b-0414"]
+    counts = [f"{config.num_params:,}" for config in (english, *chat)]
+    assert cells["parameters"] == f"{' | '.join(counts)} ({sandwich.num_params:,})"
+    cache = [f"{cache_bytes(config, 2, 1, 1) // 1024} KiB" for config in (english, *chat)]
+    assert cells["cache a token, 16 bits"] == " | ".join(cache)
+    layers = [f"{config.num_layers} x {config.hidden_size}" for config in (english, *chat)]
+    assert cells["layers x width"] == " | ".join(layers)
