@@ -94,6 +94,7 @@ class Walk:
     length_from: str  # "tokenizer", "published" (its tokenizer's count), "asked" or "example"
     context: int  # the longest sequence
     looks_ahead: bool  # whether the tokens of the prompt before <sop> see each other
+    normed_residual: bool  # whether the residual carries the output of each norm
     weights_in: str  # "bfloat16", "int4", ...: the precision that bytes are counted in
     params: int
     weight_bytes: int

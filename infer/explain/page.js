@@ -21,7 +21,6 @@ function percent(p) {
   return `${(100 * p).toFixed(p < 0.1 ? 2 : 1)}\u00a0%`;
 }
 
-
 /** 203346608128, "FLOP" -> "203 GFLOP"; 6243584000, "" -> "6.24B" (billions): three digits. */
 function short(n, unit) {
   const steps = ["", unit ? "k" : "K", "M", unit ? "G" : "B", "T", "P"];
@@ -371,6 +370,7 @@ function render() {
   const page = document.getElementById("page");
   page.replaceChildren(topBar(), el("main", {},
     intro(), pipeline(), state.layer === null ? null : block(), costs(), everything(), mask(), cache(), devices(), ...realValues()));
+  drawResiduals();
   drawMaps();
 }
 

@@ -216,8 +216,17 @@ function answer() {
       }))));
 }
 
+/** Where the residual carries the output of the norm, its line begins after the norm. */
+function drawResiduals() {
+  for (const line of walk.normed_residual ? document.querySelectorAll(".skip") : []) {
+    const [part, norm] = [line.parentNode, line.parentNode.querySelector(".stage")].map((box) => box.getBoundingClientRect());
+    line.style.top = `${norm.bottom - part.top + 8}px`;
+  }
+}
+
 /** What depends on the size of the window. */
 function fit() {
+  drawResiduals();
   drawMaps();
   document.getElementById("lengths")?.replaceWith(lengths());
 }
