@@ -8,13 +8,14 @@ order.
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import sentencepiece
 
 from glm2_jax.errors import CheckpointError, UsageError
-from glm2_jax.text.roles import ROLES
+from glm2_jax.text.roles import GLM4_TOOL, GLM4_TOOLS, ROLES
 from glm2_jax.text.tokenizer import SPACE_MARK, Tokenizer
 
 # The published names `sop` and `eop` are parts of words: as special tokens they would be found in
@@ -210,29 +211,65 @@ _ROUNDS = """\
 {%- endif -%}
 {%- endfor -%}"""
 
-_MESSAGES = """\
+# In ChatGLM3 the text after a role's token gets a space mark of its own, as the published code
+# gives it; the space before the content stands for that of its second piece of text.
+_CHATGLM3 = """\
 {{- '[gMASK]<sop>' -}}
 {%- for message in messages -%}
 {%- if message.role not in ROLES -%}
-{{- raise_exception('NAME knows the roles ROLES.') -}}
+{{- raise_exception('ChatGLM3 knows the roles NAMES.') -}}
 {%- endif -%}
-{{- '<|' ~ message.role ~ '|>' ~ (message.metadata or '') ~ '\\nGAP' ~ message.content -}}
+{{- '<|' ~ message.role ~ '|>' ~ (message.metadata or '') ~ '\\n ' ~ message.content -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|assistant|>' -}}
 {%- endif -%}"""
 
+# Tools come as an argument, or in a system message; calls and their results as OpenAI's API writes
+# them, or as messages with metadata and of the role observation.
+_GLM4 = """\
+{{- '[gMASK]<sop>' -}}
+{%- set described = [{'role': 'system', 'content': '', 'tools': tools}] if tools else [] -%}
+{%- for message in described + messages -%}
+{%- set role = 'observation' if message.role == 'tool' else message.role -%}
+{%- if role not in ROLES -%}
+{{- raise_exception('GLM-4 knows the roles NAMES, tool.') -}}
+{%- endif -%}
+{%- if message.content or not message.tool_calls -%}
+{{- '<|' ~ role ~ '|>' ~ (message.metadata or '') ~ '\\n' -}}
+{%- if message.tools -%}
+{{- TOOLS -}}
+{%- for tool in message.tools -%}
+{%- set function = tool.function or tool -%}
+{{- TOOL -}}
+{%- endfor -%}
+{%- endif -%}
+{{- message.content or '' -}}
+{%- endif -%}
+{%- for call in message.tool_calls or [] -%}
+{%- set function = call.function or call -%}
+{%- set values = function.arguments -%}
+{{- '<|assistant|>' ~ function.name ~ '\\n' ~ (values if values is string else values | tojson) -}}
+{%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|assistant|>' -}}
+{%- endif -%}"""
 
-def _messages(name: str, gap: str = "") -> str:
-    """Return the template of a model that knows roles, with `gap` before the content."""
-    text = _MESSAGES.replace("in ROLES", f"in {list(ROLES)}").replace("ROLES", ", ".join(ROLES))
-    return text.replace("NAME", name).replace("GAP", gap)
-
-
-# In ChatGLM3 the text after a role's token gets a space mark of its own, as the published code
-# gives it; the space before the content stands for that of its second piece of text.
-CHAT_TEMPLATES = {
-    "chatglm2": _ROUNDS,
-    "chatglm3": _messages("ChatGLM3", " "),
-    "glm4": _messages("GLM-4"),
+_TOOL = GLM4_TOOL.format(name="' ~ function.name ~ '", json="' ~ function | tojson(indent=4) ~ '")
+_WORDS = {
+    "ROLES": str(list(ROLES)),
+    "NAMES": ", ".join(ROLES),
+    **{
+        name: "'" + text.replace("\n", "\\n") + "'"
+        for name, text in (("TOOLS", GLM4_TOOLS), ("TOOL", _TOOL))
+    },
 }
+
+
+def _filled(template: str) -> str:
+    """Return a template with the words of `_WORDS` in the place of their names."""
+    return re.sub(rf"\b(?:{'|'.join(_WORDS)})\b", lambda found: _WORDS[found[0]], template)
+
+
+CHAT_TEMPLATES = {"chatglm2": _ROUNDS, "chatglm3": _filled(_CHATGLM3), "glm4": _filled(_GLM4)}

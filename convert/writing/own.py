@@ -27,6 +27,7 @@ from convert.writing.floats import Plan, Progress, float_dtype, plan_tensors
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.parts import parts_of
+from glm2_jax.published import FORMS
 from glm2_jax.quant import QTensor
 from glm2_jax.runtime.gather import gathered
 from glm2_jax.text.tokenizer import Tokenizer
@@ -150,14 +151,18 @@ def write_folder(
         check(folder)
 
 
-def small_files(config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, bytes]:
+def small_files(
+    config: Mapping[str, Any], tokenizer: Tokenizer, vocabulary: str = "tokenizer.model"
+) -> dict[str, bytes]:
     """Return name -> content of all files but the weights, of our own and of official folders.
 
-    A tokenizer_config.json is written only where the tokens are not as published.
+    `vocabulary` is the name of its file. A tokenizer_config.json is written only where the tokens
+    are not as published.
     """
-    ends = list(dict.fromkeys((config["eos_token_id"], *tokenizer.end_ids)))
-    config = {**config, "eos_token_id": ends if ends[1:] else ends[0]}
-    files = {"config.json": json_file(config), "tokenizer.model": tokenizer.model_bytes}
+    key, _ = FORMS[config["family"]].fields["eos_token_id"]
+    ends = list(dict.fromkeys((config[key], *tokenizer.end_ids)))
+    config = {**config, key: ends if ends[1:] else ends[0]}
+    files = {"config.json": json_file(config), vocabulary: tokenizer.model_bytes}
     tokens = tokenizer_config(tokenizer)
     return files | ({TOKENIZER_CONFIG: json_file(tokens)} if tokens else {})
 

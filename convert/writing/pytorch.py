@@ -10,6 +10,7 @@ import numpy as np
 
 from convert.files.safetensors_writer import Entry
 from convert.files.tensor import reading
+from convert.files.vocabulary import vocabulary_name
 from convert.layouts.hf_config import check_native, generation_config, native_config
 from convert.layouts.hf_tokenizer import tokenizer_files
 from convert.layouts.names import INV_FREQ, has_frequencies, rules_of
@@ -100,7 +101,7 @@ def plan_export(
             official |= _OFFICIAL
         if scheme is not None:
             official |= {"quantization_bit": scheme.bits, "quantization_embeddings": False}
-        files = small_files(official, tokenizer)
+        files = small_files(official, tokenizer, vocabulary_name(config.family))
     else:
         stops = tuple(dict.fromkeys((config.eos_token_id, *stop_ids(tokenizer))))
         files = {

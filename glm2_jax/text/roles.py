@@ -15,11 +15,11 @@ ROLES = ("system", "user", "assistant", "observation")
 Reply = str | Sequence[Mapping[str, Any]]  # an answer of a history: text, or messages
 
 # The words that GLM-4 was trained with. Source: the chat template of glm-4-9b-chat.
-_GLM4_TOOLS = (
+GLM4_TOOLS = (
     "你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
     "你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具"
 )
-_GLM4_TOOL = "\n\n## {name}\n\n{json}\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
+GLM4_TOOL = "\n\n## {name}\n\n{json}\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
 
 
 def build_messages(
@@ -108,13 +108,13 @@ def _glm4_tools(tools: Any) -> str:
     """Return the text of functions, given as such or as OpenAI's tools; TypeError for others."""
     if not isinstance(tools, list | tuple):
         raise TypeError("expected a list of functions")
-    text = _GLM4_TOOLS
+    text = GLM4_TOOLS
     for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not name or "\n" in name:
             raise ValueError("each must be an object whose name is one line of text")
-        text += _GLM4_TOOL.format(name=name, json=_json(function))
+        text += GLM4_TOOL.format(name=name, json=_json(function))
     return text
 
 

@@ -26,7 +26,7 @@ class Stage:
     note_zh: str
     axes: str  # of the shape, for example "BTNH"; C is gate and up, or only up
     shape: tuple[int, ...]  # of the result
-    reference: tuple[int, ...]  # the same in the published PyTorch code, sequence first
+    reference: tuple[int, ...]  # the same in the published PyTorch code
     params: int
     flops: int  # 2 for each multiply-add of a matrix product
     bytes: int  # weights read, keys and values written and read
@@ -94,6 +94,7 @@ class Walk:
     length_from: str  # "tokenizer", "published" (its tokenizer's count), "asked" or "example"
     context: int  # the longest sequence
     looks_ahead: bool  # whether the tokens of the prompt before <sop> see each other
+    normed_residual: bool  # whether the residual carries the output of each norm
     weights_in: str  # "bfloat16", "int4", ...: the precision that bytes are counted in
     params: int
     weight_bytes: int
@@ -108,7 +109,7 @@ class Token:
     """An id with its piece and its text."""
 
     id: int
-    piece: str  # as the tokenizer stores it ("▁" is a space, "<0x0A>" a byte), or a special's name
+    piece: str  # as SentencePiece writes it ("▁" is a space, "<0x0A>" a byte), or a special's name
     text: str  # "" for special ids
 
 

@@ -21,7 +21,6 @@ function percent(p) {
   return `${(100 * p).toFixed(p < 0.1 ? 2 : 1)}\u00a0%`;
 }
 
-
 /** 203346608128, "FLOP" -> "203 GFLOP"; 6243584000, "" -> "6.24B" (billions): three digits. */
 function short(n, unit) {
   const steps = ["", unit ? "k" : "K", "M", unit ? "G" : "B", "T", "P"];
@@ -203,8 +202,8 @@ const inputs = (name) => ({
   "attention.k": T(`input: ${title(find("attention.norm"))}`, `输入：${title(find("attention.norm"))}`),
   "attention.v": T(`input: ${title(find("attention.norm"))}`, `输入：${title(find("attention.norm"))}`),
   "attention.rope_q": T("input: queries", "输入：查询 Q"), "attention.rope_k": T("input: keys", "输入：键 K"),
-  "attention.cache": T("input: rotated keys, values", "输入：旋转后的 K、值 V"),
-  "attention.scores": T("input: rotated queries, cached keys", "输入：旋转后的 Q、缓存中的 K"),
+  "attention.cache": find("attention.rope_k") ? T("input: rotated keys, values", "输入：旋转后的 K、值 V") : T("input: keys, values", "输入：键 K、值 V"),
+  "attention.scores": find("attention.rope_q") ? T("input: rotated queries, cached keys", "输入：旋转后的 Q、缓存中的 K") : T("input: queries, cached keys", "输入：查询 Q、缓存中的 K"),
   "attention.values": T("input: softmax, cached values", "输入：softmax、缓存中的 V"),
 })[name];
 
@@ -237,8 +236,8 @@ function block() {
       el("button", { type: "button", disabled: open === L - 1 ? "" : null, click: go(open + 1) }, T("next →", "下一层 →")),
       el("button", { type: "button", "data-close": "", click: go(null) }, T("close", "关闭"))),
     el("p", { class: "muted" }, T(
-      "All layers have these shapes; only their weights differ. The line on the left is the residual stream, to which each half adds its output.",
-      "所有层的形状都相同，只有权重不同。左侧的线是残差流，上下两部分的输出都加到它上面。")),
+      "All layers have these shapes; only their weights differ. The line on the left is the residual stream, to which the last step of each half adds.",
+      "所有层的形状都相同，只有权重不同。左侧的线是残差流，两部分各在最后一步与它相加。")),
     el("div", { class: "block" },
       part("attention", T("Attention", "注意力")),
       el("div", {}, part("mlp", T("Feed-forward (MLP)", "前馈（MLP）")), values ? layerValues(open) : null)));
@@ -246,7 +245,7 @@ function block() {
 
 const GROUPS = [
   ["--io", "embedding", "词嵌入", (name) => name === "embed"],
-  ["--attention", "attention: q, k, v, output", "注意力：q、k、v、输出投影", (name) => /^attention\.([qkvo]|norm)$/.test(name)],
+  ["--attention", "attention: q, k, v, output", "注意力：q、k、v、输出投影", (name) => /^attention\.([qkvo]|norm|post_norm)$/.test(name)],
   ["--scores", "attention: scores, values, cache", "注意力：分数、加权和、缓存", (name) => /^attention\.(scores|values|cache)$/.test(name)],
   ["--mlp", "feed-forward", "前馈", (name) => name.startsWith("mlp.")],
   ["--head", "norm and head", "归一化与输出层", (name) => name === "head" || name === "norm"],
@@ -323,8 +322,8 @@ function mask() {
   return el("section", { id: "mask" },
     el("h2", {}, T("What each token sees", "每个 token 能看到什么")),
     el("p", { class: "muted" }, T(
-      "A row is a token, a column a token that it may see. The tokens before <sop> see each other, also later ones: the prompt is read in one piece, and nothing of it can be kept for a longer prompt. From <sop> on a token sees itself and what came before.",
-      "每行是一个 token，每列是它可以看到的 token。<sop> 之前的 token 彼此可见（包括后面的）：提示词必须一次读完，提示词变长时之前的计算不能复用。从 <sop> 起，每个 token 只看自己和之前的内容。")),
+      "A row is a token, a column a token that it may see. The tokens before <sop> see each other, also later ones: the prompt is prefilled in one piece, and nothing of it can be reused for a longer prompt. From <sop> on, a token sees itself and what came before.",
+      "每行是一个 token，每列是它可以看到的 token。<sop> 之前的 token 彼此可见（包括后面的）：提示词必须一次性预填充，提示词变长后，之前的计算不能复用。从 <sop> 起，每个 token 只能看到自己和之前的内容。")),
     el("div", { class: "panel" }, drawing));
 }
 
@@ -371,6 +370,7 @@ function render() {
   const page = document.getElementById("page");
   page.replaceChildren(topBar(), el("main", {},
     intro(), pipeline(), state.layer === null ? null : block(), costs(), everything(), mask(), cache(), devices(), ...realValues()));
+  drawResiduals();
   drawMaps();
 }
 

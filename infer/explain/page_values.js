@@ -1,6 +1,6 @@
 // What needs weights: tokens, attention, the logit lens, the answer.
 
-const labelOf = (token) => (token.piece === "<0x0A>" ? "⏎" : token.piece.replaceAll("▁", "␣"));
+const labelOf = (token) => token.piece.replaceAll("<0x0A>", "⏎").replaceAll("▁", "␣");
 const quoted = (token) => T(`“${labelOf(token)}”`, `「${labelOf(token)}」`);
 
 /** Sections after the shapes; without weights, how to get them. */
@@ -18,8 +18,8 @@ function promptTokens() {
   return el("section", { id: "tokens" },
     el("h2", {}, T("The prompt as it is built", "实际输入模型的提示词")),
     el("p", { class: "muted" }, T(
-      `The question in its template, and its ${whole(values.tokens.length)} ids. ⏎ is a newline, ␣ a space, <0xF0> one byte of a character that has no piece; ids with a dashed border are special: no text is encoded as one.`,
-      `套用模板后的问题，以及编码得到的 ${whole(values.tokens.length)} 个 id。⏎ 表示换行，␣ 表示空格，<0xF0> 表示词表中没有的字符的一个字节；虚线框是特殊 id，普通文本不会编码成它。`)),
+      `The question in its template, and its ${whole(values.tokens.length)} ids. ⏎ is a newline, ␣ a space, <0xF0> one byte of a character that has no piece; ids with a dashed border are special: no text is encoded as one${walk.family === "glm" ? ", except the masks of blanks" : ""}.`,
+      `套用模板后的问题，以及编码得到的 ${whole(values.tokens.length)} 个 id。⏎ 表示换行，␣ 表示空格，<0xF0> 表示词表中没有的字符的一个字节；虚线框是特殊 id，${walk.family === "glm" ? "除 [MASK] 等填空标记外，" : ""}普通文本不会编码成它。`)),
     el("div", { class: "panel" }, el("pre", {}, values.text),
       el("div", { class: "chips" }, values.tokens.map((token, index) => el("span", { class: token.text ? "chip" : "chip special", title: token.piece }, labelOf(token), el("small", {}, String(token.id)),
         values.positions[index].length > 1 ? el("small", {}, `(${values.positions[index].join(", ")})`) : null))),
@@ -216,8 +216,17 @@ function answer() {
       }))));
 }
 
+/** Where the residual carries the output of the norm, its line begins after the norm. */
+function drawResiduals() {
+  for (const line of walk.normed_residual ? document.querySelectorAll(".skip") : []) {
+    const [part, norm] = [line.parentNode, line.parentNode.querySelector(".stage")].map((box) => box.getBoundingClientRect());
+    line.style.top = `${norm.bottom - part.top + 8}px`;
+  }
+}
+
 /** What depends on the size of the window. */
 function fit() {
+  drawResiduals();
   drawMaps();
   document.getElementById("lengths")?.replaceWith(lengths());
 }

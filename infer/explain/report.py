@@ -32,8 +32,8 @@ ROW = (
     "the probability in tenths: a blank, then "
 )
 LOOKS_AHEAD = (
-    "The tokens before <sop> see each other (#), so a prompt is read in one piece; a longer one "
-    "looks like this one:"
+    "The tokens before <sop> see each other (#), so a prompt is prefilled in one piece. A row is a "
+    "token, a column a token that it sees; more tokens continue the pattern:"
 )
 SHADES = " .:-=+*#%@"  # of a probability's square root, in tenths
 LENGTH_FROM = {
@@ -94,10 +94,11 @@ def _totals(walk: Walk) -> Iterator[str]:
     yield f"prefill of the prompt: {_work(walk.prefill)}"
     yield f"one decode step after it, {walk.decode.keys} keys a row: {_work(walk.decode)}"
     cache, s = walk.cache, walk.sizes
+    full = f"{_binary(cache.with_full_heads)} if all {s['N']} heads had their own keys and values; "
+    longest = f"{_binary(cache.at_most)} at {walk.context:,} tokens"
     yield (
-        f"cache: {_binary(cache.per_token)} a token; {_binary(cache.with_full_heads)} if all "
-        f"{s['N']} heads had their own keys and values; {_binary(cache.now)} after the prompt, "
-        f"{_binary(cache.at_most)} at {walk.context:,} tokens"
+        f"cache: {_binary(cache.per_token)} a token; {full if s['G'] > 1 else ''}"
+        f"{_binary(cache.now)} after the prompt, {longest}"
     )
     if walk.looks_ahead:
         yield from ("", LOOKS_AHEAD, *_mask(walk.length))

@@ -19,6 +19,7 @@ from glm2_jax.cli.messages import Progress
 from glm2_jax.context import TokenContext, token_context
 from glm2_jax.limits import SCORES
 from glm2_jax.runtime.dtypes import dtype_name
+from glm2_jax.text.tokenizer import SPACE_MARK
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from infer.explain import stages
@@ -162,7 +163,7 @@ def _rounded(x: Any) -> list[Any]:
 def named(tokenizer: Tokenizer, token_id: int) -> Token:
     """Return an id with its piece and its text."""
     special = {number: name for name, number in tokenizer.special.items()}
-    piece = special.get(token_id) or tokenizer.piece(token_id) or NO_PIECE
+    piece = special.get(token_id) or _piece(tokenizer, token_id) or NO_PIECE
     return Token(token_id, piece, tokenizer.token_bytes(token_id).decode("utf-8", "replace"))
 
 
@@ -173,3 +174,16 @@ def prompt_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     parts = (special.get(i, "").encode() or tokenizer.token_bytes(i) for i in rest)
     text = b"".join(parts).decode("utf-8", "replace")
     return text.removeprefix(" ") if tokenizer.adds_dummy_prefix else text
+
+
+def _piece(tokenizer: Tokenizer, token_id: int) -> str:
+    """Return a token as SentencePiece writes it, also where the vocabulary is of bytes: "▁" is a
+    space, "<0x0A>" a byte that is a control character or a part of a character."""
+    if "glm4" not in tokenizer.families:
+        return tokenizer.piece(token_id)
+    data = tokenizer.token_bytes(token_id)
+    try:
+        letters = list(data.decode().replace(" ", SPACE_MARK))
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" for byte in data)
+    return "".join(x if x >= " " else f"<0x{ord(x):02X}>" for x in letters)

@@ -60,6 +60,7 @@ def make_walk(
         length_from=length_from,
         context=config.seq_length,
         looks_ahead=config.block.bidirectional,
+        normed_residual=config.block.normed_residual,
         weights_in=precision.name,
         params=config.num_params,
         weight_bytes=weight_bytes(config, precision),

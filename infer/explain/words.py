@@ -28,9 +28,7 @@ class Words:
 WORDS = {
     "embed": Words(
         "input", "embedding", "词嵌入", "BTD", "T B D", ("embed", "positions", "blocks"),
-        "One row of the table per id; no position is added. From here on the published code has "
-        "the sequence first: [{T}, {B}, {D}].",
-        "每个 id 查表取一行，不加位置向量。官方代码从这里起把序列放在第一维：[{T}, {B}, {D}]。",
+        "One row of the table per id; no position is added.", "每个 id 查表取一行，不加位置向量。",
     ),
     "attention.norm": Words(
         "attention", "RMSNorm", "RMSNorm", "BTD", "T B D", ("attn_norm", "attn_norm_bias"),
@@ -146,7 +144,7 @@ _VARIANTS: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {
         "attention.add": {
             "note_en": "The residual carries the normalized input, times alpha = sqrt(56) = 7.483 "
             "(DeepNorm): a * alpha + attention(a).",
-            "note_zh": "残差是归一化之后的输入乘以 alpha = sqrt(56) = 7.483（DeepNorm）："
+            "note_zh": "残差是归一化后的输入乘以 alpha = sqrt(56) = 7.483（DeepNorm）："
             "a * alpha + attention(a)。",
         },
     },
@@ -178,7 +176,11 @@ _VARIANTS: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {
     },
     ("mlp", "gelu_tanh"): {
         "mlp.gate_up": _UP,
-        "mlp.act": {**_GELU, "note_en": "By its tanh formula.", "note_zh": "用 tanh 公式计算。"},
+        "mlp.act": {
+            **_GELU,
+            "note_en": "By its tanh approximation.",
+            "note_zh": "用 tanh 近似公式计算。",
+        },
     },
     ("mlp", "gelu"): {
         "mlp.gate_up": _UP,
@@ -209,20 +211,32 @@ _VARIANTS: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {
     ("context", "bidirectional"): {
         "attention.scores": {
             "note_en": "q k / sqrt({H}), in float32. The tokens before <sop> see each other, so a "
-            "prompt is read in one piece; <sop> and later tokens see what came before.",
-            "note_zh": "q·k / sqrt({H})，float32。<sop> 之前的 token 彼此可见，因此提示词必须一次"
-            "读完；<sop> 及之后的 token 只看之前的内容。",
+            "prompt is prefilled in one piece; <sop> and later tokens see only themselves and what "
+            "came before.",
+            "note_zh": "q·k / sqrt({H})，float32。<sop> 之前的 token 彼此可见，因此提示词必须一次性"
+            "预填充；<sop> 及之后的 token 只能看到自己和之前的内容。",
         },
     },
     ("tied_head", True): {
         "head": {
             "weights": ("embed",),
-            "note_en": "The embedding once more: the two are tied. Generation computes it for the "
-            "last position only; here all positions are counted.",
+            "note_en": "The matrix of the embedding, used again (tied). Generation computes it "
+            "for the last position only; here all positions are counted.",
             "note_zh": "与词嵌入是同一个矩阵。生成时只计算最后一个位置；这里按全部位置计。",
         },
     },
 }
+
+
+# What the published code of these families has in another order: the batch is its first axis.
+_BATCH_FIRST = frozenset({"glm4", "glm4-0414", "glm"})
+_HEADS_SECOND = {
+    "attention.rope_q": "B N T H", "attention.rope_k": "B K T H", "attention.cache": "B K S H",
+}  # fmt: skip
+_SEQUENCE_FIRST = (
+    " From here on the published code has the sequence first: [{T}, {B}, {D}].",
+    "官方代码从这里起把序列放在第一维：[{T}, {B}, {D}]。",
+)
 
 
 def words_of(config: GLMConfig) -> dict[str, Words]:
@@ -231,4 +245,12 @@ def words_of(config: GLMConfig) -> dict[str, Words]:
     for (field, value), changes in _VARIANTS.items():
         if getattr(config.block, field) == value:
             words |= {name: replace(words[name], **change) for name, change in changes.items()}
-    return words
+    if config.family not in _BATCH_FIRST:
+        first, (en, zh) = words["embed"], _SEQUENCE_FIRST
+        notes = {"note_en": first.note_en + en, "note_zh": first.note_zh + zh}
+        return words | {"embed": replace(first, **notes)}
+
+    def batch_first(name: str, order: str) -> str:
+        return _HEADS_SECOND.get(name, order.replace("T B", "B T"))
+
+    return {x: replace(word, reference=batch_first(x, word.reference)) for x, word in words.items()}

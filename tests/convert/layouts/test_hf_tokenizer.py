@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from glm2_jax import Tokenizer
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.text.prompt import build_prompt
 from glm2_jax.text.roles import build_messages
+from tests.support.rank_file import rank_file
 from tests.support.shared_data import shared_file
 from tests.support.sp_model import sp_model, without_dummy_prefix
 
@@ -151,6 +153,39 @@ def test_glm_4_as_transformers_reads_it(tmp_path):
     talk = [{"role": "user", "content": "你好"}]
     found = theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
     assert found == [151331, 151333, 151336, 198, 109377, 151337]
+
+
+def test_the_tools_of_glm_4(tmp_path):
+    """As an argument or in a system message; calls and results in the words of OpenAI's API."""
+    ours = Tokenizer.from_bytes(rank_file(), "glm4")
+    render = partial(opened(tmp_path, ours).apply_chat_template, add_generation_prompt=True)
+    function = {"name": "weather", "description": "天气", "parameters": {"type": "object"}}
+    tool = {"type": "function", "function": function}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "北京"}}}
+    talk = [
+        {"role": "user", "content": "你好"},
+        {"role": "assistant", "content": "the"},
+        {"role": "assistant", "metadata": "weather", "content": '{"city": "北京"}'},
+        {"role": "observation", "content": "12"},
+    ]
+    openai = [
+        talk[0],
+        {"role": "assistant", "content": "the", "tool_calls": [call]},
+        {"role": "tool", "content": "12"},
+    ]
+    system = {"role": "system", "content": "", "tools": [tool]}
+    expected = build_messages(ours, [system, *talk], "glm4")
+    assert expected == build_messages(ours, [system | {"tools": [function]}, *talk], "glm4")
+    assert len(expected) > 300  # the tools are in it
+    for messages, tools in (([system, *talk], None), (talk, [tool]), (openai, [function])):
+        assert render(messages, tools=tools)["input_ids"] == expected
+    openai[1] = {"role": "assistant", "content": None, "tool_calls": [call["function"]]}
+    bare = build_messages(ours, [talk[0], *talk[2:]], "glm4")
+    assert render(openai)["input_ids"] == bare
+    call["function"]["arguments"] = '{"city": "北京"}'
+    assert render(openai)["input_ids"] == bare
+    with pytest.raises(Exception, match="system, user, assistant, observation, tool"):
+        render([{"role": "root", "content": "12"}])
 
 
 def test_tokenizers_without_such_a_form():

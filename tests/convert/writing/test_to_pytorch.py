@@ -20,9 +20,13 @@ from convert import export_folder, load_checkpoint, open_folder, to_pytorch
 from convert.adapters.adapter import Adapter, save_adapter
 from convert.files.shards import open_weights
 from convert.layouts.names import INV_FREQ, SCALE
+from convert.loading.folder import read_architecture
+from convert.random import write_random
 from convert.writing import pytorch
 from glm2_jax import CheckpointError, UsageError
 from glm2_jax.lora import TARGETS, LoRA, adapter_shapes
+from glm2_jax.text.prompt import stop_ids
+from tests.convert.layouts.test_family_folders import FOLDERS, small_files
 from tests.support.checkpoints import (
     TINY,
     convert_folder,
@@ -66,6 +70,21 @@ def random_lora(config=TINY, rank=3, size=0.2, *, targets=tuple(TARGETS), seed=1
         for target in targets
     }
     return LoRA(layers, FrozenDict(dict.fromkeys(targets, 2.0) | scale))
+
+
+@pytest.mark.parametrize("name", ["official glm4", "chatglm", "glm"])
+def test_other_families_to_our_format_and_back(tmp_path, name):
+    config, files, family = FOLDERS[name]
+    vocabulary = small_files(tmp_path / "small", config, **files)
+    write_random(tmp_path / "a", read_architecture(vocabulary).config.to_hf(), vocabulary)
+    convert_folder(open_folder(tmp_path / "a"), tmp_path / "own")
+    export_folder(open_folder(tmp_path / "own"), tmp_path / "b", layout="chatglm")
+    assert names(tmp_path / "b") == names(tmp_path / "a")  # its vocabulary as it was published
+    assert_same_tensors(tmp_path / "a", tmp_path / "b")
+    one, other = (open_folder(tmp_path / x) for x in "ab")
+    assert one.config == other.config and other.config.family == family
+    assert stop_ids(one.tokenizer) == stop_ids(other.tokenizer)
+    assert one.tokenizer.model_bytes == other.tokenizer.model_bytes
 
 
 def test_the_official_form(tmp_path):

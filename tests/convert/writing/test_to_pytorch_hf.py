@@ -1,7 +1,10 @@
 """HF-native folders against the real transformers: logits, greedy tokens, and the way back."""
 
 import dataclasses
+import importlib
 import json
+import re
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -12,10 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import infer
 from convert import load_checkpoint
 from convert.loading.folder import open_folder
+from convert.random import write_random
 from convert.writing.pytorch import export_folder
-from glm2_jax import KVCache
+from glm2_jax import PRESETS, KVCache, Tokenizer
 from tests.support.checkpoints import (
     TINY,
     convert_folder,
@@ -25,7 +30,7 @@ from tests.support.checkpoints import (
     write_official,
 )
 from tests.support.paths import ROOT
-from tests.support.rank_file import fast_file
+from tests.support.rank_file import fast_file, rank_file
 from tests.support.sp_model import sp_model
 from tests.support.toy import jit_forward
 
@@ -236,3 +241,36 @@ def test_the_example_of_the_docs(tmp_path, capsys):
     native = export(tmp_path / "own", tmp_path / "glm")
     exec(text.partition("```python\n")[2].partition("```")[0], {"DST": str(native)})
     assert "你好" in capsys.readouterr().out  # the prompt, and whatever follows it
+
+
+@pytest.mark.parametrize("name", ["glm-4-9b-chat", "glm-4-9b-0414"])
+def test_the_recipe_for_glm_4(tmp_path, monkeypatch, name):
+    """The commands of the docs; then the ids and the greedy tokens are those of our engine."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ranks").write_bytes(rank_file())
+    tokens = Tokenizer.from_file(tmp_path / "ranks", "glm4")
+    ids = {"vocab_size": 640, "eos_token_id": tokens.eos_id, "pad_token_id": tokens.pad_id}
+    small = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_heads": 4}
+    config = dataclasses.replace(PRESETS[name], head_dim=8, **small, **ids)
+    write_random(tmp_path / name, config.to_hf(), tmp_path / "ranks", dtype="float32")
+    text = (ROOT / "docs/interchange.md").read_text(encoding="utf-8")
+    recipe = text.partition("### GLM-4-9B and GLM-4-0414")[2].partition("\n### ")[0]
+    commands = re.findall(r"^python -m (convert\S+) (.+)$", recipe, re.MULTILINE)
+    assert [module for module, _ in commands] == ["convert.to_pytorch", "convert.to_gguf"]
+    for module, flags in commands[: 2 if name == "glm-4-9b-chat" else 1]:
+        flags = flags.replace("glm-4-9b-chat", name).replace("bfloat16", "float32")
+        importlib.import_module(module).main(shlex.split(flags))
+    assert (tmp_path / f"{name}-q8_0.gguf").exists() == (name == "glm-4-9b-chat")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(f"./{name}-glm")
+    kind = transformers.Glm4ForCausalLM if "0414" in name else transformers.GlmForCausalLM
+    model, engine = pretrained(f"./{name}-glm", kind), infer.load(name, dtype="fp32")
+    for question in ("你好", "hello world 12"):
+        asked = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(
+            asked, add_generation_prompt=True, return_tensors="pt"
+        )
+        greedy = {"do_sample": False, "max_new_tokens": 8, "max_length": None}
+        new = model.generate(**prompt, **greedy)[0, prompt["input_ids"].shape[1] :].tolist()
+        (ours,) = engine.generate([question], temperature=0, max_new_tokens=8)
+        assert prompt["input_ids"][0].tolist() == list(ours.prompt_ids)
+        assert new[: len(ours.output_ids)] == list(ours.output_ids) and len(new) == 8

@@ -81,6 +81,26 @@ def test_every_stage_of_the_6b_model_in_order(walk):
         assert bool(found.note_en) == bool(found.note_zh) and "{" not in found.note_en
 
 
+@pytest.mark.parametrize("name", ["chatglm-6b", "glm-large-chinese", "glm-4-9b", "glm-4-9b-0414"])
+def test_what_is_said_of_the_published_code_is_true_of_the_family(name):
+    """Only that of ChatGLM-6B to ChatGLM3 has the sequence first; the head is tied in the first."""
+    config = PRESETS[name]
+    stages = {
+        x.name: x for x in make_walk(config, Precision("bfloat16"), 5, model=name).prefill.stages
+    }
+    first = name == "chatglm-6b"
+    assert ("sequence first" in stages["embed"].note_en) == first
+    assert ("第一维" in stages["embed"].note_zh) == first
+    for stage in stages.values():
+        outer = (5, 1) if first and stage.axes[1] in "TK" and stage.name != "head" else (1,)
+        assert stage.reference[: len(outer)] == outer, stage.name
+        assert math.prod(stage.reference) == math.prod(stage.shape)
+    tied = name in ("chatglm-6b", "glm-large-chinese")
+    assert ("(tied)" in stages["head"].note_en) == tied == (stages["head"].params == 0)
+    if not first and "attention.rope_q" in stages:
+        assert stages["attention.rope_q"].reference == (1, 32, 5, 128)
+
+
 def test_parameters_bytes_and_the_cache_are_exact(walk):
     assert walk.prefill.params == walk.decode.params == walk.params == 6_243_584_000
     assert sum(stage.params for stage in walk.prefill.stages if stage.in_layer) == 203_960_832

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from glm2_jax import PRESETS
 from glm2_jax.errors import InputError
 from infer.explain.facts import Candidate, Head, Layer, Step, Token, Values
 from infer.explain.page import make_page, write_page
+from infer.explain.walk import make_walk
+from infer.memory.precision import Precision
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -136,6 +139,20 @@ def test_a_block_opens_by_its_address_and_shows_values(walk, tmp_path):
     assert all(not name.startswith("on") for _, found in tree.tags for name in found)
     assert tree.text.count(EVIL) >= 5  # question, answer, prompt, tokens, candidates
     assert tree.count("script") == 2  # the data, and the page's own
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b", "glm-large-chinese"])
+def test_a_block_of_the_first_models(tmp_path, name):
+    """The residual of ChatGLM-6B begins after the norm; GLM rotates nothing."""
+    walk = make_walk(PRESETS[name], Precision("bfloat16"), 5, model=name)
+    tree, _ = drawn(tmp_path, make_page(walk, None), "?lang=en#layer-0")
+    assert_no_error(tree)
+    lines = [attributes for _, attributes in tree.tags if attributes.get("class") == "skip"]
+    rotates = name == "chatglm-6b"
+    assert [("style" in line) for line in lines] == [rotates] * 2
+    assert ("input: rotated queries, cached keys" in tree.text) == rotates
+    assert ("input: queries, cached keys" in tree.text) == (not rotates)
+    assert "the prompt is prefilled in one piece" in tree.text
 
 
 @pytest.mark.parametrize("allowed", [False, True])

@@ -24,6 +24,7 @@ from infer.explain.__main__ import main
 from infer.explain.facts import Values
 from infer.explain.walk import make_walk
 from infer.memory.precision import Precision
+from tests.support.rank_file import rank_file
 from tests.support.sp_model import sp_model
 from tests.support.toy import TOY, quantized, random_tokens, toy_params
 
@@ -170,6 +171,14 @@ def test_the_prompt_is_shown_as_it_was_built(engine, found):
     ids = build_prompt(tokenizer, "chatglm3", "你好")
     assert values.prompt_text(tokenizer, ids).split() == ["<|user|>", "你好<|assistant|>"]
     assert values.named(tokenizer, 639).piece == values.NO_PIECE
+
+
+def test_pieces_of_bytes_are_shown_as_text():
+    tokenizer = Tokenizer.from_bytes(rank_file(), "glm4")
+    ids = tokenizer.encode("你好 world\n\n👋")
+    shown = [values.named(tokenizer, i).piece for i in [tokenizer.special["<|user|>"], *ids]]
+    assert shown[:4] == ["<|user|>", "你好", "▁world", "<0x0A><0x0A>"]
+    assert "".join(shown[4:]) == "".join(f"<0x{byte:02X}>" for byte in "👋".encode())
 
 
 @pytest.mark.parametrize("columns", [40, 100])

@@ -1,0 +1,76 @@
+"""The pages of docs/ that are in two languages say the same, and their links lead somewhere."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from glm2_jax import PRESETS
+from infer.explain.__main__ import main as explain
+from infer.memory.plan import cache_bytes
+from tests.project.test_architecture_docs import numbers
+from tests.support.paths import ROOT
+
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+CHINESE = sorted(DOCS.glob("*.zh.md"))
+
+
+def anchors(path: Path) -> set[str]:
+    """Where links into a page may lead, as GitHub names its headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", CHINESE, ids=lambda path: path.name)
+def test_both_languages_say_the_same(path):
+    english = (DOCS / path.name.replace(".zh", "")).read_text(encoding="utf-8")
+    chinese = path.read_text(encoding="utf-8")
+    assert f"[中文]({path.name})" in english and f"({path.name.replace('.zh', '')})" in chinese
+    assert BLOCK.findall(english) == BLOCK.findall(chinese)
+    pages = [BLOCK.sub("", page).splitlines() for page in (english, chinese)]
+    for start in ("#", "|", "* ", "![", ""):
+        lines = [[numbers(line) for line in page if line.startswith(start)] for page in pages]
+        assert lines[0] == lines[1], start
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    page = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)]+)\)", page):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = DOCS / name if name else path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_the_figures_of_other_families(capsys):
+    """Of the table in docs/sharding.md."""
+    page = (DOCS / "sharding.md").read_text(encoding="utf-8")
+    row = r"^\| (\S+) \| (\d+): \w+.*? \| (\S+ GB) and (\S+ MB).*? \| (\d+) \|$"
+    rows = re.findall(row, page, re.MULTILINE)
+    assert len(rows) == 4
+    for name, heads, weights, cache, reduces in rows:
+        assert PRESETS[name].num_kv_heads == int(heads)
+        explain(["--config", name, "--mesh", "tensor=8", "--device", "v5e-8"])
+        out = capsys.readouterr().out
+        assert f"weights {weights}, cache {cache}," in out
+        assert f"{int(reduces) + 1} collectives" in out  # and one all-gather of the logits
+
+
+def test_the_figures_of_the_generations():
+    """Parameters and cache in docs/architecture.md."""
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    cells = dict(re.findall(r"^\| ([\w ,]+?) \| (.*) \|$", page, re.MULTILINE))
+    english = replace(PRESETS["glm-10b-chinese"], vocab_size=50304)
+    chat = [PRESETS[name] for name in ("chatglm-6b", "chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat")]
+    sandwich = PRESETS["glm-4-9b-0414"]
+    counts = [f"{config.num_params:,}" for config in (english, *chat)]
+    assert cells["parameters"] == f"{' | '.join(counts)} ({sandwich.num_params:,})"
+    cache = [f"{cache_bytes(config, 2, 1, 1) // 1024} KiB" for config in (english, *chat)]
+    assert cells["cache a token, 16 bits"] == " | ".join(cache)
+    layers = [f"{config.num_layers} x {config.hidden_size}" for config in (english, *chat)]
+    assert cells["layers x width"] == " | ".join(layers)
