@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for an expected error."""
     args = parser().parse_args(argv)
     arguments.choose_platform(args.device)
-    sampling = from_flags(options.SamplingFlags, args).params()
+    sampling = from_flags(options.SamplingFlags, args)
     from infer.chat import run
 
     return run.run(from_flags(run.Settings, args, sampling=sampling))

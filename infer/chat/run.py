@@ -13,7 +13,7 @@ from infer.chat import commands, files
 from infer.chat.input import AGAIN, Entry, Terminal, read_entry, read_pipe
 from infer.console import displayed, print_json, print_stats
 from infer.engine.answer import Completion
-from infer.engine.params import SamplingParams
+from infer.options import SamplingFlags
 from infer.requests.conversation import Conversation, Events
 from infer.requests.exchange import result
 from infer.requests.request import Request
@@ -33,7 +33,7 @@ class Settings:
 
     choice: ModelChoice
     options: EngineOptions
-    sampling: SamplingParams
+    sampling: SamplingFlags
     history: str | None
     system: str | None
     json: bool
@@ -52,7 +52,8 @@ def run(settings: Settings) -> int:
             f"the template {engine.template} has no turns, so a conversation is not possible",
             fix="choose --template chatglm2, or ask a single question: python -m infer.generate",
         )
-    conversation = Conversation(engine, settings.sampling, say=note)
+    sampling = settings.sampling.params(engine.written.preset_of)
+    conversation = Conversation(engine, sampling, say=note)
     if saved is not None:
         conversation.replace(saved.history, saved.system, saved.ids)
         commands.warn_of_another_model(conversation, saved)

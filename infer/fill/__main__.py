@@ -25,7 +25,7 @@ def parser() -> Parser:
     add_model_options(result)
     add = result.add_argument_group("text").add_argument
     add("--prompt", "-p", required=True, metavar="TEXT", help="the text with its blanks")
-    temperature = {"default": 0.0, "help": "sampling temperature (default: 0 = greedy)"}
+    temperature = {"help": "sampling temperature (default: 0 = greedy)"}
     add_flags(result, "sampling", options.SamplingFlags, temperature=temperature)
     options.add_performance_options(result, mesh=True)
     add = result.add_argument_group("output").add_argument
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for an expected error."""
     args = parser().parse_args(argv)
     arguments.choose_platform(args.device)
-    sampling = from_flags(options.SamplingFlags, args).params()
+    sampling = from_flags(options.SamplingFlags, args)
     from infer.fill import run
 
     return run.run(from_flags(run.Settings, args, sampling=sampling))

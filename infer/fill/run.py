@@ -12,6 +12,7 @@ from infer.console import displayed, print_json
 from infer.engine.answer import Completion
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
+from infer.options import SamplingFlags
 from infer.startup import note_demo_model, open_engine
 
 
@@ -21,7 +22,7 @@ class Settings:
 
     choice: ModelChoice
     options: EngineOptions
-    sampling: SamplingParams
+    sampling: SamplingFlags
     prompt: str
     json: bool
 
@@ -42,7 +43,7 @@ def run(settings: Settings) -> int:
     if text.strip() and not MASKS.search(text):
         text += "[gMASK]" if "[gMASK]" in engine.tokenizer.special else "[MASK]"
         note(f"the prompt has no blank: continuing it, as if it ended in {MASKS.findall(text)[0]}")
-    filled = fill(engine, text, settings.sampling)
+    filled = fill(engine, text, settings.sampling.params(engine.written.preset_of))
     for number, answer in enumerate(filled.answers, 1):
         if answer.finish_reason == "length":
             note(f"the answer to blank {number} was cut off (--max-new-tokens, --max-length)")
