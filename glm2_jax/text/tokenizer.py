@@ -31,6 +31,7 @@ class Scheme:
     suffix: tuple[str, ...] = ()  # after the text that is answered
     eos: str | int = 2  # ends an answer: a special token, a token of the file, or an id
     pad: str | int = 0
+    hf_class: str = "ChatGLMTokenizer"  # the published class
 
 
 _MASKS = ("[MASK]", "[gMASK]", "[sMASK]")
@@ -39,13 +40,14 @@ _MEDIA = tuple(f"<|{side}_of_{kind}|>" for kind in ("image", "video") for side i
 _GLM4 = Scheme(
     ("<|endoftext|>", *_MASKS, "<sop>", "<eop>", *ROLE_TOKENS, *_MEDIA),
     prefix=("[gMASK]", "<sop>"), eos="<|endoftext|>", pad="<|endoftext|>",
+    hf_class="ChatGLM4Tokenizer",
 )  # fmt: skip
 SCHEMES = {
     "chatglm2": _GLM2,
     "codegeex2": _GLM2,
     "chatglm3": dataclasses.replace(_GLM2, special=_GLM2.special + ROLE_TOKENS),
     "glm4": _GLM4,
-    "glm4-0414": _GLM4,
+    "glm4-0414": dataclasses.replace(_GLM4, hf_class="PreTrainedTokenizerFast"),
     "chatglm": Scheme(
         (*_MASKS, "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"), named_in_file=True,
         prefix=(), suffix=("[gMASK]", "<sop>"), eos="<eop>", pad="<pad>",
@@ -54,7 +56,7 @@ SCHEMES = {
         ("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNK]", "<unused_0>",
          "<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
         prefix=("[CLS]",), suffix=("<|endoftext|>", "<|startofpiece|>"),
-        eos="<|endofpiece|>", pad="<|endoftext|>",
+        eos="<|endofpiece|>", pad="<|endoftext|>", hf_class="GLMChineseTokenizer",
     ),
 }  # fmt: skip
 SPECIAL = {family: scheme.special for family, scheme in SCHEMES.items()}

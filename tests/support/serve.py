@@ -68,7 +68,7 @@ class Served:
 
 @functools.cache
 def _engine(family: str) -> Engine:
-    if family in ("glm4", "chatglm"):
+    if family in ("glm4", "chatglm", "glm"):
         return family_engine(family, 2048)
     return toy_engine(config=dataclasses.replace(TOY, seq_length=2048), family=family)
 

@@ -116,3 +116,20 @@ def test_a_prompt_without_text_is_one_of_every_family(family):
         answered = served.request("GET", "/health?deep=1")
         assert answered.status_code == 200 and answered.json()["status"] == "ok"
         assert served.engine.tokenizer.start_ids
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("chatglm3", ("ChatGLMTokenizer", "</s>", "<unk>")),
+        ("glm4", ("ChatGLM4Tokenizer", "<|endoftext|>", "<|endoftext|>")),
+        ("chatglm", ("ChatGLMTokenizer", "<eop>", "<pad>")),
+        ("glm", ("GLMChineseTokenizer", "<|endofpiece|>", "<|endoftext|>")),
+    ],
+)
+def test_the_tokenizer_is_described_as_it_is(family, names):
+    with serving("a", family=family) as served:
+        info = served.request("GET", "/tokenizer_info").json()
+        tokenizer = served.engine.tokenizer
+    assert (info["tokenizer_class"], info["eos_token"], info["pad_token"]) == names
+    assert (info["prefix_ids"], info["suffix_ids"]) == (tokenizer.prefix_ids, tokenizer.suffix_ids)
