@@ -20,6 +20,7 @@ from glm2_jax.choices import LAYOUTS
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import UsageError
 from glm2_jax.lora import LoRA
+from glm2_jax.published import FORMS
 from glm2_jax.text.prompt import stop_ids
 
 # Keys of the official configurations that `GLMConfig` does not have.
@@ -80,10 +81,10 @@ def plan_export(
         raise UsageError(f"unknown layout {layout!r}.", f"Known: {', '.join(LAYOUTS)}.")
     if layout == "glm":
         check_native(source.config)
-    elif source.config.family == "glm4-0414":
+    elif FORMS[source.config.family].native:
         raise UsageError(
-            "A glm4-0414 model cannot be written as --layout chatglm.",
-            "Its official folders are those of Glm4ForCausalLM of transformers.",
+            f"A {source.config.family} model cannot be written as --layout chatglm.",
+            "Its official folders are those of a class of transformers.",
             "Use --layout glm.",
         )
     kind = float_dtype(dtype or source.float_dtype)

@@ -91,6 +91,7 @@ class Tokenizer:
     families: tuple[str, ...]  # those to which the vocabulary file can belong
     model_bytes: bytes  # the vocabulary file as it was read
     num_pieces: int  # the largest id of a token of that file, plus 1
+    byte_level: bool  # whether its tokens are ranked bytes; else SentencePiece has made it
     adds_dummy_prefix: bool  # whether a space is put before every text
 
     def __init__(self, vocabulary: Vocabulary, family: str | None, *, source: str = ""):
@@ -98,6 +99,7 @@ class Tokenizer:
         self.families = vocabulary.families
         self.model_bytes = vocabulary.model_bytes
         self.num_pieces = vocabulary.size
+        self.byte_level = vocabulary.byte_level
         self.adds_dummy_prefix = vocabulary.adds_dummy_prefix
         self._set_tokens(self.families[0] if family is None else family, None, (), ())
 

@@ -33,8 +33,8 @@ def parser() -> Parser:
     )  # fmt: skip
     add(
         "--system", metavar="TEXT",
-        help="system prompt; ChatGLM2 has no system role: it is put before the first question, "
-        "with a newline",
+        help="system prompt; ChatGLM-6B and ChatGLM2 have no system role: it is put before the "
+        "first question, with a newline",
     )  # fmt: skip
     default = {"default": LOOP_STOP_DEFAULT}
     add_flags(result, "sampling", options.SamplingFlags, loop_stop=default)

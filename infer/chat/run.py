@@ -9,6 +9,7 @@ from glm2_jax.cli.messages import note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.cli.text_input import EndlessLine
 from glm2_jax.errors import InputError, UsageError
+from glm2_jax.text.template import TEMPLATES
 from infer.chat import commands, files
 from infer.chat.input import AGAIN, Entry, Terminal, read_entry, read_pipe
 from infer.console import displayed, print_json, print_stats
@@ -48,9 +49,14 @@ def run(settings: Settings) -> int:
     saved = None if settings.history is None else files.load(settings.history)
     engine = open_engine(settings.choice, settings.options)
     if not engine.written.chat:
+        suited = [
+            f"choose --template {name}, or "
+            for name, template in TEMPLATES.items()
+            if template.chat and engine.config.family in template.families
+        ]
         raise UsageError(
             f"the template {engine.template} has no turns, so a conversation is not possible",
-            fix="choose --template chatglm2, or ask a single question: python -m infer.generate",
+            fix=f"{''.join(suited[:1])}ask a single question: python -m infer.generate",
         )
     sampling = settings.sampling.params(engine.written.preset_of)
     conversation = Conversation(engine, sampling, say=note)

@@ -55,8 +55,8 @@ class PromptOptions:
         type=path_argument, action=_Once, metavar="F",
     )  # fmt: skip
     system: str | None = flag(
-        "system prompt; ChatGLM2 has no system role: it is put before the first question, with a "
-        "newline",
+        "system prompt; ChatGLM-6B and ChatGLM2 have no system role: it is put before the first "
+        "question, with a newline",
         action=_Once,
         metavar="TEXT",
     )

@@ -9,7 +9,7 @@ from glm2_jax.cli.parser import Parser, add_flags, flag
 from infer import options
 
 PROG = "python -m infer.serve"
-DESCRIPTION = """Serves a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint over HTTP: the API of OpenAI
+DESCRIPTION = """Serves a checkpoint of the GLM family over HTTP: the API of OpenAI
 (/v1/chat/completions, /v1/completions, /v1/models), the API of the official api.py (POST /), and a
 chat page (GET /). Many requests are answered at once.
 
