@@ -151,18 +151,23 @@ def random_entries(config: "GLMConfig", dtype: str, seed: int) -> "list[Entry]":
 
     from convert.files.safetensors_writer import Entry
     from convert.files.tensor import BFLOAT16
-    from convert.layouts.names import INV_FREQ, has_frequencies, rules_of
+    from convert.layouts.names import rules_of
+    from convert.writing.official import with_computed
 
     kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
     normal = np.random.default_rng(seed).standard_normal(_BLOCK, np.float32) * _DEVIATION
     block, ones = normal.astype(kind), np.ones(_STRETCH, kind)
 
-    def stretches(source: "np.ndarray", count: int, place: int) -> "Iterator[np.ndarray]":
-        """Yield `count` numbers as views of `source`, from places that the seed decides."""
+    def stretches(
+        source: "np.ndarray", own: "np.dtype", count: int, place: int
+    ) -> "Iterator[np.ndarray]":
+        """Yield `count` numbers of a tensor's own dtype, from places in `source` that the seed
+        decides."""
         random = np.random.default_rng([seed, place])
         for begin in range(0, count, _STRETCH):
             start = int(random.integers(len(source) - _STRETCH + 1))
-            yield source[start : start + min(_STRETCH, count - begin)]
+            part = source[start : start + min(_STRETCH, count - begin)]
+            yield part.astype(own, copy=False)
 
     entries = []
     for _, group in itertools.groupby(rules_of(config), key=lambda rule: "{layer}" in rule.name):
@@ -171,15 +176,10 @@ def random_entries(config: "GLMConfig", dtype: str, seed: int) -> "list[Entry]":
             for rule in rules:
                 name, shape = rule.full_name(layer), rule.shape(config)
                 source = ones if name.endswith("norm.weight") else block
-                chunks = partial(stretches, source, math.prod(shape), len(entries))
-                entries.append(Entry(name, shape, kind, chunks))
-    if not has_frequencies(config):
-        return entries
-    # Published with the parameters; every reader computes it instead.
-    exponents = np.arange(config.head_dim // 4, dtype=np.float32) * (4 / config.head_dim)
-    frequencies = (config.rope_base**-exponents).astype(kind)
-    entries.insert(1, Entry(INV_FREQ, frequencies.shape, kind, lambda: iter([frequencies])))
-    return entries
+                own = np.dtype(rule.dtype or kind)
+                chunks = partial(stretches, source, own, math.prod(shape), len(entries))
+                entries.append(Entry(name, shape, own, chunks))
+    return with_computed(config, entries, kind)
 
 
 def main(argv: list[str]) -> None:
