@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 _DEVIATION = 0.02
 _BLOCK, _STRETCH = 2**22, 2**20  # numbers drawn once, and taken from them at a time
-# By family, where it is not tokenizer.model.
-_VOCABULARY_FILES = {"chatglm": "ice_text.model", "glm": "cog-pretrain.model"}
 NAME = "random weights"  # `_name_or_path` of the folder, which must not be a model's name
 
 
@@ -127,10 +125,10 @@ def write_random(
     from convert.loading.folder import check_fit
     from convert.writing.destination import check_destination, new_destination
     from glm2_jax.config import GLMConfig
-    from glm2_jax.text.tokenizer import Tokenizer
+    from glm2_jax.text.tokenizer import SCHEMES, Tokenizer
 
     config, path = GLMConfig.from_hf(raw), Path(tokenizer_path)
-    vocabulary = _VOCABULARY_FILES.get(config.family, "tokenizer.model")
+    vocabulary = SCHEMES[config.family].file
     path = path / vocabulary if path.is_dir() else path
     tokenizer = Tokenizer.from_file(path, family=config.family)
     check_fit(config, tokenizer, config.default_template, asked=False)

@@ -5,9 +5,9 @@ from pathlib import Path
 from convert.files.shards import MAX_JSON_BYTES
 from convert.files.tensor import bad_file, reading, regular_file_size
 from glm2_jax.text.ranks import ranks_from_json
-from glm2_jax.text.tokenizer import Tokenizer
+from glm2_jax.text.tokenizer import SCHEMES, Tokenizer
 
-VOCABULARY_FILES = ("tokenizer.model", "ice_text.model", "cog-pretrain.model")
+VOCABULARY_FILES = tuple(dict.fromkeys(scheme.file for scheme in SCHEMES.values()))
 FAST = "tokenizer.json"  # holds the vocabulary of GLM-4, too
 
 

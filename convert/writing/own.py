@@ -150,14 +150,18 @@ def write_folder(
         check(folder)
 
 
-def small_files(config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, bytes]:
+def small_files(
+    config: Mapping[str, Any], tokenizer: Tokenizer, vocabulary: str = "tokenizer.model"
+) -> dict[str, bytes]:
     """Return name -> content of all files but the weights, of our own and of official folders.
 
-    A tokenizer_config.json is written only where the tokens are not as published.
+    `vocabulary` is the name of the tokenizer's file. A tokenizer_config.json is written only where
+    the tokens are not as published.
     """
-    ends = list(dict.fromkeys((config["eos_token_id"], *tokenizer.end_ids)))
-    config = {**config, "eos_token_id": ends if ends[1:] else ends[0]}
-    files = {"config.json": json_file(config), "tokenizer.model": tokenizer.model_bytes}
+    eos = config.get("eos_token_id", tokenizer.eos_id)  # that of GLM base has another name
+    ends = list(dict.fromkeys((eos, *tokenizer.end_ids)))
+    config = {**config, "eos_token_id": ends} if ends[1:] else config
+    files = {"config.json": json_file(config), vocabulary: tokenizer.model_bytes}
     tokens = tokenizer_config(tokenizer)
     return files | ({TOKENIZER_CONFIG: json_file(tokens)} if tokens else {})
 

@@ -21,6 +21,7 @@ from glm2_jax.errors import UsageError
 from glm2_jax.lora import LoRA
 from glm2_jax.published import FORMS
 from glm2_jax.text.prompt import stop_ids
+from glm2_jax.text.tokenizer import SCHEMES
 
 # Keys of the official configurations that `GLMConfig` does not have.
 _OFFICIAL = {
@@ -100,7 +101,7 @@ def plan_export(
             official |= _OFFICIAL
         if scheme is not None:
             official |= {"quantization_bit": scheme.bits, "quantization_embeddings": False}
-        files = small_files(official, tokenizer)
+        files = small_files(official, tokenizer, SCHEMES[tokenizer.family].file)
     else:
         stops = tuple(dict.fromkeys((config.eos_token_id, *stop_ids(tokenizer))))
         files = {

@@ -32,6 +32,7 @@ class Scheme:
     eos: str | int = 2  # ends an answer: a special token, a token of the file, or an id
     pad: str | int = 0
     hf_class: str = "ChatGLMTokenizer"  # the published class
+    file: str = "tokenizer.model"  # the published name of the vocabulary
 
 
 _MASKS = ("[MASK]", "[gMASK]", "[sMASK]")
@@ -50,13 +51,14 @@ SCHEMES = {
     "glm4-0414": dataclasses.replace(_GLM4, hf_class="PreTrainedTokenizerFast"),
     "chatglm": Scheme(
         (*_MASKS, "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"), named_in_file=True,
-        prefix=(), suffix=("[gMASK]", "<sop>"), eos="<eop>", pad="<pad>",
+        prefix=(), suffix=("[gMASK]", "<sop>"), eos="<eop>", pad="<pad>", file="ice_text.model",
     ),
     "glm": Scheme(
         ("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNK]", "<unused_0>",
          "<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
         prefix=("[CLS]",), suffix=("<|endoftext|>", "<|startofpiece|>"),
         eos="<|endofpiece|>", pad="<|endoftext|>", hf_class="GLMChineseTokenizer",
+        file="cog-pretrain.model",
     ),
 }  # fmt: skip
 SPECIAL = {family: scheme.special for family, scheme in SCHEMES.items()}
