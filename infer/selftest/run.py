@@ -105,7 +105,9 @@ def _about(engine: Engine) -> dict[str, Any]:
         "parameters": config.num_params,
         "layers": config.num_layers,
         "vocabulary": config.vocab_size,
-        "rope": f"{config.rope_kind}, ratio {config.rope_ratio:g}",
+        "rope": "none, learned positions"
+        if config.block.rotary == "none"
+        else f"{config.rope_kind}, ratio {config.rope_ratio:g}",
         "template": engine.template,
         "layout": summary.layout,
         "stored_dtype": summary.stored_dtype,

@@ -14,7 +14,7 @@ from convert.writing.pytorch import export_folder
 from glm2_jax import PRESETS
 from tests.support.checkpoints import convert_folder
 from tests.support.family_folders import FAMILIES, random_folder
-from tests.support.shared_data import shared_file, shared_path
+from tests.support.shared_data import shared_path
 from tests.support.sp_model import chatglm_model
 
 
@@ -72,12 +72,11 @@ def test_an_export_of_chatglm_6b(tmp_path, dtype):
 
 
 def test_the_names_are_the_published_ones():
-    index = json.loads(shared_file("glm-family/configs/chatglm-6b.index.json") or b"")
+    index = json.loads(shared_path("glm-family/configs/chatglm-6b.index.json").read_text())
     entries = random_entries(PRESETS["chatglm-6b"], "float16", 0)
     assert {entry.name for entry in entries} == index["weight_map"].keys()
     assert len(entries) == 368
-    tables = np.load(shared_path("glm-family/chatglm6b_rope_tables.npz"))
-    (values,) = entries[1].chunks()
-    np.testing.assert_array_equal(values, tables["inv_freq_float16"])
+    with np.load(shared_path("glm-family/chatglm6b_rope_tables.npz")) as tables:
+        np.testing.assert_array_equal(next(entries[1].chunks()), tables["inv_freq_float16"])
     base = random_entries(PRESETS["glm-large-chinese"], "float16", 0)
     assert not any("inv_freq" in entry.name or "lm_head" in entry.name for entry in base)
