@@ -33,7 +33,7 @@ def check(tensors, weights: str) -> None:
     np.testing.assert_array_equal(embed, head)
     for layer in range(2):
         found = tensors[f"transformer.layers.{layer}.attention.rotary_emb.inv_freq"]
-        np.testing.assert_array_equal(found, np.float16([1, 10000**-0.5]))
+        np.testing.assert_array_equal(found, np.array([1, 10000**-0.5], np.float16))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
