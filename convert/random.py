@@ -122,14 +122,13 @@ def write_random(
     same bytes.
     """
     from convert.files.safetensors_writer import write_file, write_shards
-    from convert.files.vocabulary import vocabulary_name
     from convert.loading.folder import check_fit
     from convert.writing.destination import check_destination, new_destination
     from glm2_jax.config import GLMConfig
-    from glm2_jax.text.tokenizer import Tokenizer
+    from glm2_jax.text.tokenizer import SCHEMES, Tokenizer
 
     config, path = GLMConfig.from_hf(raw), Path(tokenizer_path)
-    vocabulary = vocabulary_name(config.family)
+    vocabulary = SCHEMES[config.family].file
     path = path / vocabulary if path.is_dir() else path
     tokenizer = Tokenizer.from_file(path, family=config.family)
     check_fit(config, tokenizer, config.default_template, asked=False)
@@ -150,18 +149,23 @@ def random_entries(config: "GLMConfig", dtype: str, seed: int) -> "list[Entry]":
 
     from convert.files.safetensors_writer import Entry
     from convert.files.tensor import BFLOAT16
-    from convert.layouts.names import INV_FREQ, has_frequencies, rules_of
+    from convert.layouts.names import rules_of
+    from convert.writing.official import with_computed
 
     kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
     normal = np.random.default_rng(seed).standard_normal(_BLOCK, np.float32) * _DEVIATION
     block, ones = normal.astype(kind), np.ones(_STRETCH, kind)
 
-    def stretches(source: "np.ndarray", count: int, place: int) -> "Iterator[np.ndarray]":
-        """Yield `count` numbers as views of `source`, from places that the seed decides."""
+    def stretches(
+        source: "np.ndarray", own: "np.dtype", count: int, place: int
+    ) -> "Iterator[np.ndarray]":
+        """Yield `count` numbers of a tensor's own dtype, from places in `source` that the seed
+        decides."""
         random = np.random.default_rng([seed, place])
         for begin in range(0, count, _STRETCH):
             start = int(random.integers(len(source) - _STRETCH + 1))
-            yield source[start : start + min(_STRETCH, count - begin)]
+            part = source[start : start + min(_STRETCH, count - begin)]
+            yield part.astype(own, copy=False)
 
     entries = []
     for _, group in itertools.groupby(rules_of(config), key=lambda rule: "{layer}" in rule.name):
@@ -170,15 +174,10 @@ def random_entries(config: "GLMConfig", dtype: str, seed: int) -> "list[Entry]":
             for rule in rules:
                 name, shape = rule.full_name(layer), rule.shape(config)
                 source = ones if name.endswith("norm.weight") else block
-                chunks = partial(stretches, source, math.prod(shape), len(entries))
-                entries.append(Entry(name, shape, kind, chunks))
-    if not has_frequencies(config):
-        return entries
-    # Published with the parameters; every reader computes it instead.
-    exponents = np.arange(config.head_dim // 4, dtype=np.float32) * (4 / config.head_dim)
-    frequencies = (config.rope_base**-exponents).astype(kind)
-    entries.insert(1, Entry(INV_FREQ, frequencies.shape, kind, lambda: iter([frequencies])))
-    return entries
+                own = np.dtype(rule.dtype or kind)
+                chunks = partial(stretches, source, own, math.prod(shape), len(entries))
+                entries.append(Entry(name, shape, own, chunks))
+    return with_computed(config, entries, kind)
 
 
 def main(argv: list[str]) -> None:

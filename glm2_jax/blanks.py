@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from glm2_jax.config import GLMConfig
+from glm2_jax.errors import CheckpointError
 
 _NONE = jnp.iinfo(jnp.int32).max
 
@@ -60,30 +61,83 @@ def find_blanks(
     All arguments are int32 [B, T]: the tokens, their indices, which grow along a segment, and the
     segment of each. A segment without <sop> is a context only. Which masks count: [gMASK] if there
     is one, else [MASK], in ChatGLM-6B, which fills only the first; in GLM all kinds.
+
+    CheckpointError: the configuration lacks the ids.
     """
-    same = segments[:, :, None] == segments[:, None, :]  # [B, T, T]: a token, and others
-    before = index[:, None, :] <= index[:, :, None]
-
-    def first(found: jax.Array) -> jax.Array:
-        return jnp.min(jnp.where(same & found, index[:, None, :], _NONE), axis=-1)
-
-    def count(found: jax.Array) -> jax.Array:
-        return jnp.sum(same & found, axis=-1, dtype=jnp.int32)
-
-    is_sop, is_mask = tokens == config.sop_token_id, tokens == config.gmask_token_id
-    others = tokens == config.mask_token_id
+    _check_ids(config)
+    order = jnp.argsort(segments, axis=1, stable=True)  # one segment after another
+    tokens, index, segments = (_take(x, order) for x in (tokens, index, segments))
+    runs = _Runs.of(segments)
+    is_sop, is_mask = _is(tokens, config.sop_token_id), _is(tokens, config.gmask_token_id)
+    others = _is(tokens, config.mask_token_id)
     if config.block.rotary == "none":
-        is_mask |= others | (tokens == config.smask_token_id)
-        largest = count(is_mask[:, None, :])
+        is_mask |= others | _is(tokens, config.smask_token_id)
+        largest = runs.total(is_mask)
     else:
-        is_mask |= others & (count(is_mask[:, None, :]) == 0)
+        is_mask |= others & (runs.total(is_mask) == 0)
         largest = jnp.ones_like(index)
-    start, context = first(jnp.ones_like(same)), first(is_sop[:, None, :])
+    start, context = _take(index, runs.begin), runs.find(is_sop, jnp.ones_like(index), index)
     # Masks and <sop> are counted; a <sop> beyond the masks is an ordinary token.
-    number = jnp.minimum(count(before & is_sop[:, None, :]), jnp.maximum(largest, 1))
-    mask_number, sop_number = (count(before & x[:, None, :]) for x in (is_mask, is_sop))
-    numbered = (is_sop[:, None, :]) & (sop_number[:, None, :] == number[:, :, None])
-    sop = first(numbered)
-    mask = first(is_mask[:, None, :] & (mask_number[:, None, :] == number[:, :, None]))
+    number = jnp.minimum(runs.count(is_sop), jnp.maximum(largest, 1))
+    sop, mask = (runs.find(found, number, index) for found in (is_sop, is_mask))
     mask = jnp.where(mask == _NONE, context, mask) - start
-    return Blanks(context, sop, mask), start
+    back = jnp.argsort(order, axis=1)
+    return Blanks(*(_take(x, back) for x in (context, sop, mask))), _take(start, back)
+
+
+@flax.struct.dataclass
+class _Runs:
+    """Runs of equal values in rows: the columns of each token's first and last, int32 [B, T]."""
+
+    begin: jax.Array
+    end: jax.Array
+
+    @classmethod
+    def of(cls, values: jax.Array) -> _Runs:
+        """Return the runs of int32 [B, T]."""
+        T = values.shape[1]
+        columns = jnp.arange(T, dtype=jnp.int32)
+        edge, new = jnp.ones_like(values[:, :1], bool), values[:, 1:] != values[:, :-1]
+        first, last = jnp.hstack([edge, new]), jnp.hstack([new, edge])
+        return cls(
+            jax.lax.cummax(jnp.where(first, columns, 0), axis=1),
+            jax.lax.cummin(jnp.where(last, columns, T - 1), axis=1, reverse=True),
+        )
+
+    def before(self, found: jax.Array) -> jax.Array:
+        """Return how many of bool [B, T] are before each token's run."""
+        return _take(jnp.cumsum(found, axis=1, dtype=jnp.int32) - found, self.begin)
+
+    def count(self, found: jax.Array) -> jax.Array:
+        """Return how many its run has up to each token, and with it."""
+        return jnp.cumsum(found, axis=1, dtype=jnp.int32) - self.before(found)
+
+    def total(self, found: jax.Array) -> jax.Array:
+        """Return how many each token's run has."""
+        return _take(self.count(found), self.end)
+
+    def find(self, found: jax.Array, number: jax.Array, index: jax.Array) -> jax.Array:
+        """Return the index of the one with this number, from 1, in each token's run; or `_NONE`."""
+        places = jnp.argsort(~found, axis=1, stable=True)  # those found, from left to right
+        nth = jnp.maximum(self.before(found) + number - 1, 0)
+        known = (number > 0) & (number <= self.total(found))
+        return jnp.where(known, _take(index, _take(places, jnp.where(known, nth, 0))), _NONE)
+
+
+def _take(values: jax.Array, columns: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values, columns, axis=1)
+
+
+def _is(tokens: jax.Array, token_id: int | None) -> jax.Array:
+    """Return where a token is, bool [B, T]; None is the id of no token."""
+    return jnp.zeros_like(tokens, bool) if token_id is None else tokens == token_id
+
+
+def _check_ids(config: GLMConfig) -> None:
+    if config.sop_token_id is None or {config.gmask_token_id, config.mask_token_id} == {None}:
+        raise CheckpointError(
+            f"The configuration of this {config.family} model lacks special ids.",
+            f"sop_token_id is {config.sop_token_id}, gmask_token_id {config.gmask_token_id}, "
+            f"mask_token_id {config.mask_token_id}.",
+            "Give sop_token_id and at least one of the masks.",
+        )

@@ -31,6 +31,8 @@ class Block:
     # "causal", or "bidirectional": the tokens before the first <sop> see each other.
     context: str = "causal"
     tied_head: bool = False  # the embedding is the head
+    # Whether the published code computes contexts beyond the length of training.
+    open_ended: bool = False
 
     @property
     def mlp_inputs(self) -> int:
@@ -59,7 +61,7 @@ BLOCKS = {
     "chatglm": Block(
         norm="layer", normed_residual=True, residual_scale=math.sqrt(56), mlp="gelu_tanh",
         biases="all", rotary="both", rotary_dtype="float16", half_angles=True,
-        context="bidirectional", tied_head=True,
+        context="bidirectional", tied_head=True, open_ended=True,
     ),
     # GLM base models (glm-large-chinese, glm-10b-chinese). Source: modeling_glm.py.
     "glm": Block(

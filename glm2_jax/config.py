@@ -1,4 +1,4 @@
-"""The architecture of a ChatGLM2-family model, read from the published `config.json` files."""
+"""The architecture of a model of the GLM family, read from the published `config.json` files."""
 
 import dataclasses
 import math
@@ -47,7 +47,7 @@ class GLMConfig:
     num_kv_heads: int  # K, key/value heads; query head n reads key/value head n // (N / K)
     head_dim: int  # H; the first H / 2 dimensions of a head are rotated
     seq_length: int  # longest context, prompt and answer together
-    norm_eps: float = 1e-5  # inside the reciprocal square root of RMSNorm
+    norm_eps: float = 1e-5  # inside the reciprocal square root of the norms
     rope_ratio: float = 1.0  # the published one; its meaning is `rope_kind`:
     # "linear" divides positions by it (chatglm2-6b-32k), "base" multiplies the rotary base by it
     # (chatglm3-6b-32k and -128k).
@@ -141,9 +141,9 @@ class GLMConfig:
 
     @property
     def context_limit(self) -> int:
-        """The longest context that can be computed: only ChatGLM-6B reads more than `seq_length`,
-        the length of its training, beyond which its answers get worse."""
-        return MAX_SIZE if self.family == "chatglm" else self.seq_length
+        """The longest context that can be computed. ChatGLM-6B reads more than `seq_length`, the
+        length of its training, beyond which its answers get worse."""
+        return MAX_SIZE if self.block.open_ended else self.seq_length
 
     @property
     def default_template(self) -> str:

@@ -1,7 +1,7 @@
 """Flags that the tools of inference share. Nothing here imports jax: `--help` must not wait."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +9,7 @@ from glm2_jax.choices import DEVICES
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice, add_mesh_options
 from glm2_jax.cli.parser import Parser, add_flags, flag
 from glm2_jax.errors import UsageError
-from infer.engine.params import PRESETS, SamplingParams
+from infer.engine.params import SamplingParams
 
 _number = partial(flag, type=float, metavar="X")
 _integer = partial(flag, type=int, metavar="N")
@@ -17,12 +17,13 @@ _integer = partial(flag, type=int, metavar="N")
 
 @dataclass(frozen=True)
 class SamplingFlags:
-    """The flags of sampling; None = the value of the preset."""
+    """The flags of sampling; None = the value of the preset. UsageError when made: a bad value."""
 
     preset: str = flag(
-        "defaults of the flags below: official = the reference's chat(), "
-        "api = the reference's HTTP server (temperature 0.95, top-p 0.7, max-length 2048)",
-        choices=tuple(PRESETS), default="official",
+        "defaults of the flags below: official = the published code of the model (as below; "
+        "ChatGLM-6B as api, GLM greedy), api = the published HTTP server (temperature 0.95, top-p "
+        "0.7, max-length 2048)",
+        choices=("official", "api"), default="official",
     )  # fmt: skip
     greedy: bool = flag("most likely token at each step (= --temperature 0)", action="store_true")
     temperature: float | None = _number(
@@ -58,8 +59,11 @@ class SamplingFlags:
     )
     num_beams: int | None = _integer("beam search is not supported: only 1 is accepted")
 
-    def params(self) -> SamplingParams:
-        """Return the sampling parameters; UsageError for a bad value."""
+    def __post_init__(self) -> None:
+        self.params()
+
+    def params(self, preset_of: Callable[[str], str] = str) -> SamplingParams:
+        """Return the sampling parameters; `preset_of` is that of the model's template."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         preset, greedy = given.pop("preset"), given.pop("greedy")
         if greedy:
@@ -71,7 +75,7 @@ class SamplingFlags:
             given["do_sample"] = False
         if self.logit_bias is not None:
             given["logit_bias"] = _biases(self.logit_bias)
-        return SamplingParams.from_kwargs(preset, **given)
+        return SamplingParams.from_kwargs(preset_of(preset), **given)
 
 
 def _biases(texts: Iterable[str]) -> list[tuple[int, float]]:

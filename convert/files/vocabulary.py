@@ -5,16 +5,10 @@ from pathlib import Path
 from convert.files.shards import MAX_JSON_BYTES
 from convert.files.tensor import bad_file, reading, regular_file_size
 from glm2_jax.text.ranks import ranks_from_json
-from glm2_jax.text.tokenizer import Tokenizer
+from glm2_jax.text.tokenizer import SCHEMES, Tokenizer
 
-_OTHERS = {"chatglm": "ice_text.model", "glm": "cog-pretrain.model"}  # family -> name
-VOCABULARY_FILES = ("tokenizer.model", *_OTHERS.values())
+VOCABULARY_FILES = tuple(dict.fromkeys(scheme.file for scheme in SCHEMES.values()))
 FAST = "tokenizer.json"  # holds the vocabulary of GLM-4, too
-
-
-def vocabulary_name(family: str) -> str:
-    """Return the name of the vocabulary in the official folders of a family."""
-    return _OTHERS.get(family, VOCABULARY_FILES[0])
 
 
 def read_vocabulary(folder: Path) -> Tokenizer | None:

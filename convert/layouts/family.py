@@ -27,6 +27,7 @@ from glm2_jax.family import (
     tokenizer_signs,
 )
 from glm2_jax.published import form_of, read_rope
+from glm2_jax.text.template import TEMPLATES
 from glm2_jax.text.tokenizer import SPECIAL, Tokenizer
 
 # Files that show how a prompt is written -> what the message calls that.
@@ -97,8 +98,9 @@ def find_family(
         return found, None if clear else f"the family is {found}, by {signs[0].text}"
     if len(possible) == 1:  # configuration and vocabulary leave no choice
         return min(possible), None
-    if template == "chatglm3":
-        return template, None
+    suited = possible.intersection(TEMPLATES[template].families) if template else possible
+    if len(suited) == 1:
+        return min(suited), None
     ratio, kind = read_rope(form_of(side.raw), side.raw)
     scaled = str(rope_kind or kind) if ratio != 1 else ""
     path = side.path.absolute()

@@ -103,7 +103,7 @@ def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
             str(error),
             "Install it: pip install 'glm2-jax[export]'.",
         ) from error
-    fast = (_ranks if "glm4" in tokenizer.families else _pieces)(tokenizers, tokenizer)
+    fast = (_ranks if tokenizer.byte_level else _pieces)(tokenizers, tokenizer)
     # <s> is not among them: no prompt has it, and people do write that HTML tag.
     end = _name(tokenizer, tokenizer.eos_id)
     names = [name for i in (tokenizer.pad_id, tokenizer.eos_id) if (name := tokenizer.piece(i))]

@@ -38,7 +38,8 @@ class Rule:
     `{layer}` in the name stands for the number of the layer. `fused`: all rows are one axis and all
     columns another, as in the published files; our own files keep the axes of the part. `by_head`:
     the rows of the parts alternate by head. `halves`: a head consists of so many sections of R
-    dimensions, of which i and R / 2 + i are rotated together, not 2i and 2i + 1.
+    dimensions, of which i and R / 2 + i are rotated together, not 2i and 2i + 1. `dtype`: it is
+    stored in this type, whatever that of the others.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Rule:
     fused: bool = True
     by_head: bool = False
     halves: int = 0
+    dtype: str | None = None
 
     def shape(self, config: GLMConfig) -> Shape:
         """Return the shape as stored."""
@@ -181,13 +183,16 @@ _FIRST = {
     "transformer.final_layernorm.bias": "final_norm_bias",
 }
 
-CHATGLM = _rules(
-    "transformer.layers.{layer}",
-    {"transformer.word_embeddings.weight": "embed", **_FIRST, "lm_head.weight": "head"},
-    by_head=True,
-    halves=2,
+CHATGLM = tuple(
+    dataclasses.replace(rule, dtype="float32" if "layernorm" in rule.name else None)
+    for rule in _rules(
+        "transformer.layers.{layer}",
+        {"transformer.word_embeddings.weight": "embed", **_FIRST, "lm_head.weight": "head"},
+        by_head=True,
+        halves=2,
+    )
 )
-"""The tensors of the official folders of ChatGLM-6B."""
+"""The tensors of the official folders of ChatGLM-6B, whose norms are float32 in float16 files."""
 
 BLANK_FILLING = _rules(
     "transformer.layers.{layer}",
@@ -242,6 +247,25 @@ def tied_head(
 def has_frequencies(config: GLMConfig) -> bool:
     """Return whether the published folder has the tensor `INV_FREQ`."""
     return config.family not in _BY_FAMILY
+
+
+def frequency_names(config: GLMConfig) -> list[str]:
+    """Return the buffers of rotary frequencies that the published folder has. Its class computes
+    them, but calls a folder without them incomplete."""
+    if has_frequencies(config):
+        return [INV_FREQ]
+    each = "transformer.layers.{}.attention.rotary_emb.inv_freq"
+    rules = _BY_FAMILY[config.family]
+    return [each.format(layer) for layer in range(config.num_layers)] if rules is CHATGLM else []
+
+
+def tied_names(config: GLMConfig) -> tuple[str, str] | None:
+    """Return the name of an embedding that is the head, too, and that under which the published
+    folder holds it a second time, because its class does not tie them; None where it does not."""
+    table = _BY_FAMILY.get(config.family, PUBLISHED)
+    names = {rule.parts[0].name: rule.name for rule in table}
+    twice = config.block.tied_head and "head" in names
+    return (names["embed"], names["head"]) if twice else None
 
 
 def own_name(path: tuple[str, ...], layer: int | str | None = _LAYER) -> str:

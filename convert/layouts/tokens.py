@@ -253,6 +253,6 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     tokens = sorted((*special, *tokenizer.added.values()), key=lambda token: token.id)
     entries = [dataclasses.asdict(token) | {"normalized": False} for token in tokens]
     return {
-        "tokenizer_class": "ChatGLMTokenizer",
+        "tokenizer_class": SCHEMES[tokenizer.family].hf_class,
         "added_tokens_decoder": {str(entry.pop("id")): entry for entry in entries},
     }

@@ -29,7 +29,7 @@ class CheckpointSummary:
 
     Attributes:
         layout: "own", "official", "official int4", "official int8" or "HF-native glm".
-        family: "chatglm2", "chatglm3" or "codegeex2".
+        family: one of `choices.FAMILIES`.
         stored_dtype: type of most of the stored weights.
         dtype: type of the parameters in memory, and of the activations.
         quantization: scheme of the matrices in memory (see `glm2_jax.schemes`), or None.

@@ -181,7 +181,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     raise explain_folder(folder) or CheckpointError(
         f"{folder} holds no config.json.",
         f"It holds {', '.join(names[:12])}." if names else "It is empty.",
-        "Give the folder of a ChatGLM2 or ChatGLM3 checkpoint.",
+        "Give the folder of a checkpoint of the GLM family.",
     )
 
 

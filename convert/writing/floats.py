@@ -79,8 +79,9 @@ def plan_tensors(
         name, shape = rule.full_name(layer), rule.shape(config)
         places = [stored[part.path, layer] for part in rule.parts]
         if scheme is None or not rule.quantized(scheme):
-            chunks = partial(_floats, source, places, dtype, lora)
-            entries.append(Entry(name, shape, dtype, _ordered(chunks, rule, source, shape)))
+            kind = np.dtype(rule.dtype or dtype)
+            chunks = partial(_floats, source, places, kind, lora)
+            entries.append(Entry(name, shape, kind, _ordered(chunks, rule, source, shape)))
             continue
         shapes = scheme.shapes(shape, rule.column_axes)
         for which, kind in enumerate((np.dtype(np.int8), scale_dtype)):

@@ -196,7 +196,7 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     """Return the pieces, the special tokens after them, and the unused ids up to `size`; llama.cpp
     crashes if two ids have the same text, which is a CheckpointError."""
     merges: list[str] = []
-    if tokenizer.families[0] == "glm4":
+    if tokenizer.byte_level:
         kinds = require_gguf().TokenType
         rows = [(tokenizer.piece(i), 0.0, kinds.NORMAL) for i in range(tokenizer.num_pieces)]
         merges = [

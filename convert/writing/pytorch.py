@@ -8,20 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.files.safetensors_writer import Entry
 from convert.files.tensor import reading
-from convert.files.vocabulary import vocabulary_name
 from convert.layouts.hf_config import check_native, generation_config, native_config
 from convert.layouts.hf_tokenizer import tokenizer_files
-from convert.layouts.names import INV_FREQ, has_frequencies, rules_of
+from convert.layouts.names import has_frequencies, rules_of
 from convert.loading.folder import OFFICIAL_SCHEMES, Folder
 from convert.writing.floats import Plan, Progress, float_dtype, plan_tensors
+from convert.writing.official import with_computed
 from convert.writing.own import DEFAULT_SHARD_SIZE, json_file, small_files, write_folder
 from glm2_jax.choices import LAYOUTS
-from glm2_jax.config import GLMConfig
 from glm2_jax.errors import UsageError
 from glm2_jax.lora import LoRA
+from glm2_jax.published import FORMS
 from glm2_jax.text.prompt import stop_ids
+from glm2_jax.text.tokenizer import SCHEMES
 
 # Keys of the official configurations that `GLMConfig` does not have.
 _OFFICIAL = {
@@ -81,10 +81,10 @@ def plan_export(
         raise UsageError(f"unknown layout {layout!r}.", f"Known: {', '.join(LAYOUTS)}.")
     if layout == "glm":
         check_native(source.config)
-    elif source.config.family == "glm4-0414":
+    elif FORMS[source.config.family].native:
         raise UsageError(
-            "A glm4-0414 model cannot be written as --layout chatglm.",
-            "Its official folders are those of Glm4ForCausalLM of transformers.",
+            f"A {source.config.family} model cannot be written as --layout chatglm.",
+            "Its official folders are those of a class of transformers.",
             "Use --layout glm.",
         )
     kind = float_dtype(dtype or source.float_dtype)
@@ -96,12 +96,12 @@ def plan_export(
     config, tokenizer = source.config, source.tokenizer
     if layout == "chatglm":
         official = config.to_hf() | {"torch_dtype": kind.name}
+        entries = with_computed(config, entries, kind)
         if has_frequencies(config):
-            entries.insert(1, _frequencies(config, kind))
             official |= _OFFICIAL
         if scheme is not None:
             official |= {"quantization_bit": scheme.bits, "quantization_embeddings": False}
-        files = small_files(official, tokenizer, vocabulary_name(config.family))
+        files = small_files(official, tokenizer, SCHEMES[tokenizer.family].file)
     else:
         stops = tuple(dict.fromkeys((config.eos_token_id, *stop_ids(tokenizer))))
         files = {
@@ -123,12 +123,3 @@ def _scale_dtype(source: Folder, dtype: np.dtype) -> np.dtype:
             if not np.array_equal(scales.astype(dtype).astype(np.float32), scales):
                 return np.dtype(np.float32)
     return dtype
-
-
-def _frequencies(config: GLMConfig, dtype: np.dtype) -> Entry:
-    """Return the buffer of the official files that no code reads, computed step by step in the
-    type of the weights, as the published class does."""
-    rotated = config.head_dim // 2
-    exponents = np.arange(0, rotated, 2).astype(dtype) / dtype.type(rotated)
-    values = dtype.type(1) / np.power(dtype.type(config.rope_base), exponents)
-    return Entry(INV_FREQ, values.shape, dtype, lambda: iter([values.astype(dtype)]))

@@ -34,6 +34,7 @@ _LAUNCH_PIECES = (
 class Pieces:
     """The `Vocabulary` of a SentencePiece model."""
 
+    byte_level = False
     decode_errors = _EACH_BYTE
 
     def __init__(self, data: bytes, name: str):

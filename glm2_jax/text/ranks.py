@@ -67,6 +67,7 @@ class Ranks:
 
     families: tuple[str, ...] = ("glm4", "glm4-0414")
     description = "a file of ranked bytes"
+    byte_level = True
     adds_dummy_prefix = drops_all_spaces = False
     decode_errors = "replace"
 

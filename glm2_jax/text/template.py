@@ -41,12 +41,16 @@ class Template:
     fills: bool = False  # the text has masks, which become their ids
     wide: bool = False  # punctuation next to Chinese characters is shown in its full-width form
     learns_start: bool = False  # training also learns the last id of the prompt
-    preset: str = "official"  # of the sampling parameters, see `infer.engine.params.PRESETS`
+    preset: str = "official"  # of `infer.engine.params.PRESETS`: how the published code samples
 
     @property
     def chat(self) -> bool:
         """Whether it takes a conversation, and answers are cleaned as the chat code does."""
         return self.roles or self.rounds is not None
+
+    def preset_of(self, asked: str) -> str:
+        """Return the preset that a name asks for: "official" is what the published code does."""
+        return self.preset if asked == "official" else asked
 
 
 _FIRST_THREE = ("chatglm2", "chatglm3", "codegeex2")
@@ -60,7 +64,7 @@ TEMPLATES = {
         ("chatglm",), rounds=Rounds(gap="\n", first=0, bare=True), wide=True, learns_start=True,
         preset="api",
     ),
-    "fill": Template(("glm",), fills=True),
+    "fill": Template(("glm",), fills=True, preset="greedy"),
     "raw": Template((*_FIRST_THREE, "glm4", "glm4-0414", "chatglm", "glm")),
 }  # fmt: skip
 """By `glm2_jax.choices.TEMPLATES`."""

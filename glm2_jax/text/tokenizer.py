@@ -32,6 +32,8 @@ class Scheme:
     blanks: tuple[str, ...] = ()  # of them the first that there is ends a text without a blank
     eos: str | int = 2  # ends an answer: a special token, a token of the file, or an id
     pad: str | int = 0
+    hf_class: str = "ChatGLMTokenizer"  # the published class
+    file: str = "tokenizer.model"  # the published name of the vocabulary
 
 
 _MASKS = ("[MASK]", "[gMASK]", "[sMASK]")
@@ -40,22 +42,24 @@ _MEDIA = tuple(f"<|{side}_of_{kind}|>" for kind in ("image", "video") for side i
 _GLM4 = Scheme(
     ("<|endoftext|>", *_MASKS, "<sop>", "<eop>", *ROLE_TOKENS, *_MEDIA),
     prefix=("[gMASK]", "<sop>"), eos="<|endoftext|>", pad="<|endoftext|>",
+    hf_class="ChatGLM4Tokenizer",
 )  # fmt: skip
 SCHEMES = {
     "chatglm2": _GLM2,
     "codegeex2": _GLM2,
     "chatglm3": dataclasses.replace(_GLM2, special=_GLM2.special + ROLE_TOKENS),
     "glm4": _GLM4,
-    "glm4-0414": _GLM4,
+    "glm4-0414": dataclasses.replace(_GLM4, hf_class="PreTrainedTokenizerFast"),
     "chatglm": Scheme(
         (*_MASKS, "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"), named_in_file=True,
-        prefix=(), suffix=("[gMASK]", "<sop>"), eos="<eop>", pad="<pad>",
+        prefix=(), suffix=("[gMASK]", "<sop>"), eos="<eop>", pad="<pad>", file="ice_text.model",
     ),
     "glm": Scheme(
         ("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNK]", "<unused_0>",
          "<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
         prefix=("[CLS]",), suffix=("<|endoftext|>", "<|startofpiece|>"),
         blanks=("[gMASK]", "[MASK]"), eos="<|endofpiece|>", pad="<|endoftext|>",
+        hf_class="GLMChineseTokenizer", file="cog-pretrain.model",
     ),
 }  # fmt: skip
 SPECIAL = {family: scheme.special for family, scheme in SCHEMES.items()}
@@ -91,6 +95,7 @@ class Tokenizer:
     families: tuple[str, ...]  # those to which the vocabulary file can belong
     model_bytes: bytes  # the vocabulary file as it was read
     num_pieces: int  # the largest id of a token of that file, plus 1
+    byte_level: bool  # whether its tokens are ranked bytes; else SentencePiece has made it
     adds_dummy_prefix: bool  # whether a space is put before every text
 
     def __init__(self, vocabulary: Vocabulary, family: str | None, *, source: str = ""):
@@ -98,6 +103,7 @@ class Tokenizer:
         self.families = vocabulary.families
         self.model_bytes = vocabulary.model_bytes
         self.num_pieces = vocabulary.size
+        self.byte_level = vocabulary.byte_level
         self.adds_dummy_prefix = vocabulary.adds_dummy_prefix
         self._set_tokens(self.families[0] if family is None else family, None, (), ())
 

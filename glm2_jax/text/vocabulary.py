@@ -15,6 +15,7 @@ class Vocabulary(Protocol):
     families: tuple[str, ...]  # those whose tokenizer it can be
     description: str  # for errors: "a SentencePiece model with 256 byte pieces"
     size: int  # the largest id of a token, plus 1
+    byte_level: bool  # whether its tokens are ranked bytes; else SentencePiece has made it
     adds_dummy_prefix: bool  # whether a space is put before every text
     drops_all_spaces: bool  # whether decoding drops all leading spaces, not only that one
     decode_errors: str  # the codec error handler for bytes that are not a character

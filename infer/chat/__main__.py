@@ -33,8 +33,8 @@ def parser() -> Parser:
     )  # fmt: skip
     add(
         "--system", metavar="TEXT",
-        help="system prompt; ChatGLM2 has no system role: it is put before the first question, "
-        "with a newline",
+        help="system prompt; ChatGLM-6B and ChatGLM2 have no system role: it is put before the "
+        "first question, with a newline",
     )  # fmt: skip
     default = {"default": LOOP_STOP_DEFAULT}
     add_flags(result, "sampling", options.SamplingFlags, loop_stop=default)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for an expected error."""
     args = parser().parse_args(argv)
     arguments.choose_platform(args.device)
-    sampling = from_flags(options.SamplingFlags, args).params()
+    sampling = from_flags(options.SamplingFlags, args)
     from infer.chat import run
 
     return run.run(from_flags(run.Settings, args, sampling=sampling))

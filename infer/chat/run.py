@@ -9,11 +9,12 @@ from glm2_jax.cli.messages import note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.cli.text_input import EndlessLine
 from glm2_jax.errors import InputError, UsageError
+from glm2_jax.text.template import TEMPLATES
 from infer.chat import commands, files
 from infer.chat.input import AGAIN, Entry, Terminal, read_entry, read_pipe
 from infer.console import displayed, print_json, print_stats
 from infer.engine.answer import Completion
-from infer.engine.params import SamplingParams
+from infer.options import SamplingFlags
 from infer.requests.conversation import Conversation, Events
 from infer.requests.exchange import result
 from infer.requests.request import Request
@@ -33,7 +34,7 @@ class Settings:
 
     choice: ModelChoice
     options: EngineOptions
-    sampling: SamplingParams
+    sampling: SamplingFlags
     history: str | None
     system: str | None
     json: bool
@@ -48,12 +49,18 @@ def run(settings: Settings) -> int:
     saved = None if settings.history is None else files.load(settings.history)
     engine = open_engine(settings.choice, settings.options)
     if not engine.written.chat:
-        other = "choose --template chatglm2, or ask a single question: python -m infer.generate"
+        suited = [
+            f"choose --template {name}, or "
+            for name, template in TEMPLATES.items()
+            if template.chat and engine.config.family in template.families
+        ]
+        other = f"{''.join(suited[:1])}ask a single question: python -m infer.generate"
         raise UsageError(
             f"the template {engine.template} has no turns, so a conversation is not possible",
             fix="fill blanks: python -m infer.fill" if engine.written.fills else other,
         )
-    conversation = Conversation(engine, settings.sampling, say=note)
+    sampling = settings.sampling.params(engine.written.preset_of)
+    conversation = Conversation(engine, sampling, say=note)
     if saved is not None:
         conversation.replace(saved.history, saved.system, saved.ids)
         commands.warn_of_another_model(conversation, saved)

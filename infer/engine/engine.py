@@ -152,7 +152,8 @@ class Engine:
         Args:
             prompts: a string is a question, put through the template, its answer cleaned (but not
                 with the template "raw"); a list of ids is continued as it is.
-            **sampling: see `SamplingParams.from_kwargs`; the preset is that of the template.
+            **sampling: see `SamplingParams.from_kwargs`; the preset "official", which is the
+                default, is that of the template.
         """
         ids, clean = self._prompt_ids(prompts)
         return self.complete(ids, self._sampling(sampling), clean=clean)
@@ -250,4 +251,5 @@ class Engine:
         return [self.build_prompt(p) for p in questions] or prompts, clean
 
     def _sampling(self, given: dict[str, Any]) -> SamplingParams:
-        return SamplingParams.from_kwargs(**{"preset": self.written.preset, **given})
+        preset = self.written.preset_of(given.get("preset", "official"))
+        return SamplingParams.from_kwargs(**{**given, "preset": preset})

@@ -192,5 +192,8 @@ def _is(kind: type, value: Any) -> bool:
 PRESETS: Mapping[str, SamplingParams] = {
     "official": SamplingParams(max_length=8192),
     "api": SamplingParams(temperature=0.95, top_p=0.7, max_length=2048),
+    "greedy": SamplingParams(temperature=0.0),
 }
-"""`official`: the reference's `chat()`; `api`: the defaults of its HTTP server."""
+"""`official`: `chat()` of ChatGLM2, ChatGLM3 and GLM-4; `api`: the defaults of the HTTP server, and
+`chat()` of ChatGLM-6B; `greedy`: the example of the GLM base models. Which of them is a model's own
+is in the row of its template."""

@@ -33,9 +33,14 @@ from infer.startup import find_choice, note_demo_model, open_engine
 
 # Ids of PROMPT in a template, by the tokenizers that these families were published with.
 PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4, "glm4": 6, "chatglm": 4}
-_PUBLISHED_VOCABULARIES = {
-    "chatglm2": 65024, "chatglm3": 65024, "glm4": 151552, "glm4-0414": 151552, "chatglm": 130528,
-}  # fmt: skip
+# Size of the vocabulary, and the templates in which its tokenizer gives so many.
+_PUBLISHED = {
+    "chatglm2": (65024, ("chatglm2", "raw")),
+    "chatglm3": (65024, ("chatglm2", "chatglm3", "raw")),
+    "glm4": (151552, ("glm4",)),
+    "glm4-0414": (151552, ("glm4",)),
+    "chatglm": (130528, ("chatglm", "raw")),
+}
 EXAMPLE_LENGTH = 128  # without a prompt, where the number of ids of PROMPT is not known
 MESH_LENGTH = 2048  # tokens of a row with --mesh by default, where the context has room
 
@@ -152,16 +157,14 @@ def _prompt(settings: Settings, subject: Subject) -> tuple[list[int] | None, int
         return ids, len(ids), "tokenizer"
     config = subject.config
     template = subject.template or config.default_template
-    published = _PUBLISHED_VOCABULARIES.get(config.family) == config.vocab_size
-    # The raw text is known of the tokenizer of ChatGLM2 and ChatGLM3.
-    published &= template != "raw" or config.family in ("chatglm2", "chatglm3")
-    if published and prompt == PROMPT:
+    size, templates = _PUBLISHED.get(config.family, (None, ()))
+    if size == config.vocab_size and template in templates and prompt == PROMPT:
         return None, PUBLISHED_LENGTHS[template], "published"
     if settings.prompt is not None:
         raise UsageError(
             "The length of this prompt is not known.",
             f"The model's tokenizer is needed to count its ids; without one only {PROMPT} is "
-            f"known, for published {', '.join(_PUBLISHED_VOCABULARIES)} models.",
+            f"known, for published {', '.join(_PUBLISHED)} models.",
             "Name a folder with tokenizer.model (--model DIR), or give the length: --length N.",
         )
     length = min(EXAMPLE_LENGTH, config.seq_length - 1)

@@ -34,7 +34,7 @@ def parser() -> Parser:
         help="fill the blank with the most likely of these answers: the one with the largest sum "
         "of the log-probabilities of its tokens; the sums are printed, too",
     )  # fmt: skip
-    temperature = {"default": 0.0, "help": "sampling temperature (default: 0 = greedy)"}
+    temperature = {"help": "sampling temperature (default: 0 = greedy)"}
     add_flags(result, "sampling", options.SamplingFlags, temperature=temperature)
     options.add_performance_options(result, mesh=True)
     add = result.add_argument_group("output").add_argument
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "Leave one of them out.",
             )
     arguments.choose_platform(args.device)
-    sampling = from_flags(options.SamplingFlags, args).params()
+    sampling = from_flags(options.SamplingFlags, args)
     from infer.fill import run
 
     return run.run(from_flags(run.Settings, args, sampling=sampling))

@@ -15,6 +15,7 @@ from infer.engine.answer import Completion
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from infer.engine.reader import score_answers
+from infer.options import SamplingFlags
 from infer.requests.exchange import note_blanks
 from infer.startup import note_demo_model, open_engine
 
@@ -25,7 +26,7 @@ class Settings:
 
     choice: ModelChoice
     options: EngineOptions
-    sampling: SamplingParams
+    sampling: SamplingFlags
     prompt: str
     json: bool
     choices: list[str] | None = None
@@ -64,7 +65,7 @@ def run(settings: Settings) -> int:
 
 def _filled(engine: Engine, text: str, settings: Settings) -> dict[str, Any]:
     """Return what `--json` prints of a text that is filled."""
-    filled = fill(engine, text, settings.sampling)
+    filled = fill(engine, text, settings.sampling.params(engine.written.preset_of))
     for number, answer in enumerate(filled.answers, 1):
         if answer.finish_reason == "length":
             note(f"the answer to blank {number} was cut off (--max-new-tokens, --max-length)")
@@ -78,7 +79,8 @@ def _filled(engine: Engine, text: str, settings: Settings) -> dict[str, Any]:
 
 def _chosen(engine: Engine, text: str, settings: Settings) -> dict[str, Any]:
     """Return what `--json` prints of a text whose blank has choices."""
-    choices = choose(engine, text, settings.choices or (), settings.sampling)
+    sampling = settings.sampling.params(engine.written.preset_of)
+    choices = choose(engine, text, settings.choices or (), sampling)
     ranked = sorted(range(len(choices)), key=lambda number: -choices[number].log_prob)
     for number in ranked:
         note(f"{choices[number].log_prob:10.3f}  {choices[number].text}")

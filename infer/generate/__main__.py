@@ -19,7 +19,7 @@ _UNPLANNED = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for an expected error."""
     args = parser().parse_args(argv)
-    sampling = from_flags(SamplingFlags, args).params()
+    sampling = from_flags(SamplingFlags, args)
     if args.dry_run:
         from infer.generate import dry_run
 

@@ -23,11 +23,13 @@ from glm2_jax.errors import GLMError, InputError, UsageError
 from glm2_jax.escape import json_line
 from glm2_jax.processes import join
 from glm2_jax.runtime.buckets import bucket
+from glm2_jax.text.template import TEMPLATES
 from infer.batching.batcher import Batcher
 from infer.batching.job import Event, Failure, Job
 from infer.batching.options import TOKENS_PER_PREFILL, BatchOptions
 from infer.console import print_stats
 from infer.engine.engine import Engine
+from infer.engine.params import SamplingParams
 from infer.engine.stats import Stats
 from infer.generate.options import Settings
 from infer.generate.output import (
@@ -83,7 +85,7 @@ def run_batch(settings: Settings, history: Turns) -> int:
             journal.check(run)
             refuse_existing(output, journal, settings.out.overwrite)
             engine = load()
-            journal.begin(run | _model_facts(engine))
+            journal.begin(run | _model_facts(engine, batch.sampling(engine)))
             join.of_first(list(journal.done))
             batch.to_file(engine, requests, journal)
             journal.finish()
@@ -138,7 +140,7 @@ class _Batch:
 
     def _encoded(self, engine: Engine, requests: Sequence[tuple[int, Request]]) -> Iterator[Row]:
         """Yield the requests that fit."""
-        warned, sampling = False, self.settings.sampling
+        warned, sampling = False, self.sampling(engine)
         for number, request in requests:
             where = f"{self.name}:{number}"
             try:
@@ -175,9 +177,13 @@ class _Batch:
                         bar(self._answered, f"{self._tokens / seconds:.0f} tokens/s")
         self._load_s, self._stats = engine.load_s, batcher.stats
 
+    def sampling(self, engine: Engine) -> SamplingParams:
+        """Return how all lines are answered."""
+        return self.settings.sampling.params(engine.written.preset_of)
+
     def _shapes(self, engine: Engine, rows: Sequence[Row]) -> BatchOptions:
         """Return the shapes for rows, as small as the longest of them allows."""
-        sampling, multiple = self.settings.sampling, engine.executor.places.rows
+        sampling, multiple = self.sampling(engine), engine.executor.places.rows
         ceiling = min(sampling.max_length or engine.max_length, engine.max_length)
         longest = max((len(row.ids) for row in rows), default=1)
         wanted = longest + (sampling.max_new_tokens or ceiling)
@@ -197,7 +203,7 @@ class _Batch:
 
         (made,) = engine.rows(
             [row.ids],
-            self.settings.sampling,
+            self.sampling(engine),
             row_ids=[row.number - 1],
             clean=engine.written.chat,
         )
@@ -230,19 +236,24 @@ class _Batch:
 def _run_facts(settings: Settings, history: Turns, batch_sha256: str) -> dict[str, Any]:
     """Return what the answers depend on, as far as it is known without the model."""
     turns = json.dumps(history).encode()
+    one, *others = (
+        dataclasses.asdict(settings.sampling.params(template.preset_of))
+        for template in TEMPLATES.values()
+    )
     return {
         "input": batch_sha256,
         "history": hashlib.sha256(turns).hexdigest() if history else None,
         "system": settings.asked.system,
         "clean_text": settings.asked.clean_text,
         "truncate_prompt": settings.asked.truncate_prompt,
-        **dataclasses.asdict(settings.sampling),
+        **{name: x for name, x in one.items() if all(other[name] == x for other in others)},
     }
 
 
-def _model_facts(engine: Engine) -> dict[str, Any]:
-    """Return what the answers depend on in the model."""
+def _model_facts(engine: Engine, sampling: SamplingParams) -> dict[str, Any]:
+    """Return what the answers depend on in the model, and all sampling parameters."""
     return {
+        **dataclasses.asdict(sampling),
         "model": engine.checkpoint.fingerprint,
         "template": engine.template,
         "dtype": engine.checkpoint.summary.dtype,

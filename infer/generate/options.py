@@ -8,8 +8,8 @@ from glm2_jax.cli.model_choice import EngineOptions, ModelChoice, add_model_opti
 from glm2_jax.cli.parser import Parser, add_flags, flag
 from glm2_jax.processes import join
 from infer import options
-from infer.engine.params import SamplingParams
 from infer.memory.cards import CARDS
+from infer.options import SamplingFlags
 
 PROG = "python -m infer.generate"
 DESCRIPTION = """Answers a prompt with a checkpoint of the GLM family: ChatGLM, CodeGeeX2 or GLM-4.
@@ -55,8 +55,8 @@ class PromptOptions:
         type=path_argument, action=_Once, metavar="F",
     )  # fmt: skip
     system: str | None = flag(
-        "system prompt; ChatGLM2 has no system role: it is put before the first question, with a "
-        "newline",
+        "system prompt; ChatGLM-6B and ChatGLM2 have no system role: it is put before the first "
+        "question, with a newline",
         action=_Once,
         metavar="TEXT",
     )
@@ -97,7 +97,7 @@ class Settings:
 
     choice: ModelChoice
     options: EngineOptions
-    sampling: SamplingParams
+    sampling: SamplingFlags
     asked: PromptOptions
     out: OutputOptions
     batch_size: int
@@ -109,7 +109,7 @@ def parser() -> Parser:
     add_model_options(result)
     options.add_adapter_options(result)
     add_flags(result, "prompt", PromptOptions)
-    add_flags(result, "sampling", options.SamplingFlags)
+    add_flags(result, "sampling", SamplingFlags)
     performance = options.add_performance_options(result, cards=CARDS, mesh=True, speculate=True)
     performance.add_argument(
         "--batch-size", type=positive, default=8, metavar="N",

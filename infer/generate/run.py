@@ -62,15 +62,16 @@ def _prompt_text(asked: PromptOptions) -> str:
 
 
 def _answer_one(settings: Settings, engine: Engine, request: Request) -> None:
-    ids = encode(engine, request, settings.sampling, settings.asked.truncate_prompt, "")
-    warn_beyond_aligned(engine, len(ids), settings.sampling)
+    sampling = settings.sampling.params(engine.written.preset_of)
+    ids = encode(engine, request, sampling, settings.asked.truncate_prompt, "")
+    warn_beyond_aligned(engine, len(ids), sampling)
     stream = settings.out.stream
     if stream is None:
         stream = sys.stdout.isatty() and not settings.out.json
     # Also without streaming: Ctrl-C then ends the loop after the running step.
     completion = None
     try:
-        for event in engine.run([ids], settings.sampling, clean=engine.written.chat):
+        for event in engine.run([ids], sampling, clean=engine.written.chat):
             completion = event.completion
             if stream and event.text:
                 print(displayed(event.text), end="", flush=True)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from glm2_jax.cli.messages import note
+from glm2_jax.config import GLMConfig
 from glm2_jax.errors import InputError
 from glm2_jax.text.prompt import MASKS, truncate_prompt
 from glm2_jax.text.roles import build_messages
@@ -27,11 +28,16 @@ def encode(
     if len(ids) >= limit:
         raise InputError(
             f"the prompt is too long: {len(ids)} tokens",
-            f"prompt and answer together may have {limit}"
-            f" (the model has {engine.config.context_limit})",
+            f"prompt and answer together may have {limit} ({_longest(engine.config)})",
             "shorten it, raise --max-length as far as the model goes, or cut it: --truncate-prompt",
         )
     return ids
+
+
+def _longest(config: GLMConfig) -> str:
+    if config.context_limit > config.seq_length:
+        return f"the model was trained on {config.seq_length}, and computes more"
+    return f"the model has {config.context_limit}"
 
 
 def _build(engine: Engine, request: Request, truncate: int | None, where: str) -> list[int]:

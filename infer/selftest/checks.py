@@ -23,6 +23,7 @@ from glm2_jax.errors import GLMError
 from glm2_jax.quant import QTensor
 from glm2_jax.runtime.buckets import bucket
 from glm2_jax.text.prompt import build_prompt
+from glm2_jax.text.template import find_template
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from infer.memory.precision import Precision
@@ -79,9 +80,8 @@ def check_files(folder: Path) -> Check:
 def run_checks(engine: Engine, *, name: object = None) -> Iterator[Check]:
     """Run all checks of a loaded model, one after the other; `name` is what the folder calls
     itself, `_name_or_path` of its config.json."""
-    answers = known_answers(engine.config, engine.tokenizer, engine.checkpoint.summary.stored_dtype)
-    if engine.template != "chatglm2" or name == RANDOM:
-        answers = ()
+    found = known_answers(engine.config, engine.tokenizer, engine.checkpoint.summary.stored_dtype)
+    answers = [one for one in found if one.template == engine.template and name != RANDOM]
     checks: list[tuple[str, Callable[[Engine], Iterator[Check]]]] = [
         ("parameters", partial(_parameters, claimed=claimed_preset(name))),
         ("shapes", _shapes),
@@ -165,7 +165,7 @@ def _prompt_ids(engine: Engine) -> Iterator[Check]:
         yield Check("prompt ids", SKIPPED, note=note)
         return
     for (template, question), ids in known.prompts.items():
-        if template == "chatglm3" and "<|user|>" not in tokenizer.special:
+        if find_template(template).roles and "<|user|>" not in tokenizer.special:
             continue
         got = build_prompt(tokenizer, template, question)
         if got != ids:

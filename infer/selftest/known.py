@@ -15,11 +15,12 @@ HELLO = "你好"
 
 
 class Answer(NamedTuple):
-    """What a model answers greedily to a question in the ChatGLM2 template."""
+    """What a model answers greedily to a question in a template."""
 
     question: str
     first: int  # id of the first token
     texts: tuple[str, ...]  # the complete answer, in every wording that was published
+    template: str = "chatglm2"
 
 
 class Tokens(NamedTuple):

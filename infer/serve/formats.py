@@ -37,8 +37,11 @@ def schema_of(body: ChatBody, tools: Sequence[Tool]) -> Mapping[str, Any] | None
     return given
 
 
-async def enforced(service: Service, asked: Sampled, schema: Mapping[str, Any]) -> Sampled:
-    """Return how a prompt is answered so that all answers match; ApiError: they cannot."""
+async def enforced(
+    service: Service, asked: Sampled, schema: Mapping[str, Any], param: str
+) -> Sampled:
+    """Return how a prompt is answered so that all answers match; ApiError, which calls the schema
+    `param`: they cannot."""
 
     def compile() -> tuple[Matcher, ...]:
         return tuple(service.grammars.matcher(schema) for _ in range(asked.count))
@@ -46,4 +49,4 @@ async def enforced(service: Service, asked: Sampled, schema: Mapping[str, Any]) 
     try:
         return dataclasses.replace(asked, grammars=await asyncio.to_thread(compile))
     except InputError as error:
-        raise of_expected(error, "response_format") from error
+        raise of_expected(error, param) from error

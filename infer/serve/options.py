@@ -7,10 +7,9 @@ from glm2_jax.cli.arguments import number, path_argument, positive, size_argumen
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice, add_model_options
 from glm2_jax.cli.parser import Parser, add_flags, flag
 from infer import options
-from infer.engine.params import PRESETS
 
 PROG = "python -m infer.serve"
-DESCRIPTION = """Serves a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint over HTTP: the API of OpenAI
+DESCRIPTION = """Serves a checkpoint of the GLM family over HTTP: the API of OpenAI
 (/v1/chat/completions, /v1/completions, /v1/models), the API of the official api.py (POST /), and a
 chat page (GET /). Many requests are answered at once.
 
@@ -96,9 +95,9 @@ class RequestOptions:
     )  # fmt: skip
     preset: str = flag(
         "sampling parameters that a request leaves out: openai = temperature 1, top-p 1, no top-k; "
-        "official = the reference's chat(); api = the reference's HTTP server. POST / always "
-        "has those of api",
-        choices=(OPENAI, *PRESETS), default=OPENAI,
+        "official = the published code of the model; api = the published HTTP server. POST / "
+        "always has those of api",
+        choices=(OPENAI, "official", "api"), default=OPENAI,
     )  # fmt: skip
     strict: bool = flag(
         "refuse requests with unknown fields (default: answer, with the header X-Warning)",

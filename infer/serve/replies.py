@@ -145,6 +145,7 @@ class TokenizerInfo(BaseModel):
     eos_token: str
     pad_token: str
     prefix_ids: list[int]
+    suffix_ids: list[int]
     special_tokens: dict[str, int]
     chat_template: None
 

@@ -71,7 +71,7 @@ class Service:
     @property
     def defaults(self) -> SamplingParams:
         """The sampling parameters that a request leaves out."""
-        preset = self.options.preset
+        preset = self.facts.written.preset_of(self.options.preset)
         return OPENAI_DEFAULTS if preset == OPENAI else PRESETS[preset]
 
     def model(self, name: str | None) -> str:

@@ -90,14 +90,15 @@ class _Style(NamedTuple):
     """How a model writes the calls of tools."""
 
     opening: str  # what can be said of a call before its arguments are known
+    is_json: bool  # whether the arguments follow it as JSON, which a schema can bind
     write: Callable[[Mapping[str, Any]], str]
     read: Callable[[str], dict[str, Any] | None]
 
 
 _STYLES = {
-    "python": _Style(_OPENING, _as_code, _of_code),
-    "json": _Style("", _as_json, _of_json),
-    None: _Style("", _as_json, lambda text: None),  # of a model that calls no tools
+    "python": _Style(_OPENING, False, _as_code, _of_code),
+    "json": _Style("", True, _as_json, _of_json),
+    None: _Style("", False, _as_json, lambda text: None),  # of a model that calls no tools
 }
 """By `glm2_jax.text.template.Template.calls`."""
 
@@ -125,6 +126,15 @@ def beginning(name: str, calls: str | None) -> tuple[str, ...]:
     """Return how an answer begins that calls a tool: the line of metadata, and the opening."""
     opening = _STYLES[calls].opening
     return (f"{name}\n", opening) if opening else (f"{name}\n",)
+
+
+def schema_of(called: str, tools: Sequence[Tool], calls: str | None) -> Mapping[str, Any] | None:
+    """Return the schema of the arguments of the tool `called`; None where no schema can bind what
+    the model writes."""
+    if not _STYLES[calls].is_json:
+        return None
+    (tool,) = (tool for tool in tools if tool.function.name == called)
+    return {**(tool.function.parameters or {}), "type": "object"}
 
 
 def read(

@@ -178,6 +178,10 @@ def test_every_family_is_written_in_its_published_layout(tmp_path, preset, vocab
     loaded = load_checkpoint(tmp_path / "random", dtype="float32")
     assert loaded.config == dataclasses.replace(config, num_layers=1)
     count = sum(x.size for x in jax.tree.leaves(loaded.params))
-    assert count == loaded.config.num_params and 2 * count <= size < 2 * count + 100
+    if preset == "chatglm-6b":  # the head again, norms in float32
+        count += loaded.config.vocab_size * loaded.config.hidden_size + 6 * 16
+    num_params = loaded.config.num_params
+    assert sum(x.size for x in jax.tree.leaves(loaded.params)) == num_params
+    assert 2 * count <= size < 2 * count + 100
     ids = loaded.tokenizer.encode("你好")
     assert np.isfinite(forward(loaded.config, loaded.params, jnp.asarray([ids]))[0]).all()

@@ -204,10 +204,12 @@ def open_dataset(options: DataOptions, folder: Folder, other: str | None = None)
 
     Raises UsageError where flags contradict each other or the model, else as `Dataset`.
     """
-    longest = folder.config.seq_length
-    max_length = options.max_length or min(MAX_LENGTH, longest)
+    trained, longest = folder.config.seq_length, folder.config.context_limit
+    max_length = options.max_length or min(MAX_LENGTH, trained)
     if max_length > longest:
         raise UsageError(f"--max-length {max_length} is more than the {longest} of the model.")
+    if max_length > trained and other is None:
+        note(f"warning: --max-length {max_length} is beyond {trained}, the length of its training")
     if options.mix_ratio is not None and options.mix_data is None:
         raise UsageError("--mix-ratio needs --mix-data.", fix="Name the file of general rows.")
     if options.mix_ratio is not None and options.mix_ratio >= 1:

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from infer.serve import answers, fields, formats, tool_calls
 from infer.serve.answers import ChatShape
-from infer.serve.errors import ApiError
+from infer.serve.errors import ApiError, unsupported
 from infer.serve.prompts import chat_prompt, chat_sampled, check_lengths
 from infer.serve.replies import ChatCompletion
 from infer.serve.routes.respond import STREAM, respond
@@ -34,12 +34,17 @@ def make(service: Service) -> APIRouter:
         called = tool_calls.required(body.tool_choice, tools)
         schema = formats.schema_of(body, tools)
         begun = () if schema is None else ("\n",)  # no line of metadata: it can call no tool
-        begun = begun if called is None else tool_calls.beginning(called, calls)
+        param = "response_format"
+        if called is not None:
+            begun, param = tool_calls.beginning(called, calls), "tools"
+            schema = tool_calls.schema_of(called, tools, calls)
+            if schema is not None and body.ignore_eos:
+                raise unsupported("ignore_eos", "a call ends where its arguments are complete.")
         prompts = [await chat_prompt(facts, body.messages, tools, begun)]
         asked = chat_sampled(service, body)
         check_lengths(facts, prompts, asked.sampling.max_new_tokens, "messages")
         if schema is not None:
-            asked = await formats.enforced(service, asked, schema)
+            asked = await formats.enforced(service, asked, schema, param)
         shape = ChatShape(facts.tokenizer, tools=calls if tools else None, called=called)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         head = answers.head("chatcmpl", kind, name, facts.fingerprint)

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
+from glm2_jax.text.tokenizer import SCHEMES
 from infer.serve import fields
 from infer.serve.answers import token_name
 from infer.serve.errors import ApiError
@@ -54,15 +55,16 @@ def make(service: Service) -> APIRouter:
     async def tokenizer_info() -> Response:
         """Describe the tokenizer."""
         return JSONResponse({
-            "tokenizer_class": "ChatGLMTokenizer",
+            "tokenizer_class": SCHEMES[tokenizer.family].hf_class,
             "template": facts.template,
             "family": tokenizer.family,
             "vocab_size": facts.vocab_size,
             "model_max_length": facts.max_length,
             "bos_token": None,
-            "eos_token": "</s>",
-            "pad_token": "<unk>",
+            "eos_token": token_name(tokenizer, tokenizer.eos_id),
+            "pad_token": token_name(tokenizer, tokenizer.pad_id),
             "prefix_ids": tokenizer.prefix_ids,
+            "suffix_ids": tokenizer.suffix_ids,
             "special_tokens": tokenizer.special,
             "chat_template": None,  # ids are built directly: no text has special ids
         })  # fmt: skip

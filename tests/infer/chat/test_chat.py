@@ -19,7 +19,7 @@ from infer.engine.call import Call
 from infer.engine.params import SamplingParams
 from infer.engine.rows import TokenEvent
 from infer.requests.conversation import Conversation
-from tests.support.engine_toy import open_toy, toy_engine, warm_engine
+from tests.support.engine_toy import family_engine, for_commands, open_toy, toy_engine, warm_engine
 
 QUICK = ["--max-new-tokens", "6", "--compile-cache", "off"]
 
@@ -148,7 +148,7 @@ def test_a_long_question_that_just_fits_stands_alone(chat):
     assert "the oldest turn is left out to make room, of 1: 2 tokens" in err[1]
 
 
-def test_flags(chat, tmp_path):
+def test_flags(chat, tmp_path, monkeypatch):
     (tmp_path / "h.json").write_text('[["a", "b"]]')
     flags = ("--history", str(tmp_path / "h.json"))
     _, out, err = chat("c\n", *flags, "--system", "s", "--json", "--stats")
@@ -158,8 +158,14 @@ def test_flags(chat, tmp_path):
     (tmp_path / "h.json").write_text("{}")
     with pytest.raises(InputError, match="neither a saved conversation nor a history"):
         chat("c\n", *flags)
-    with pytest.raises(UsageError, match="raw has no turns"):
+    with pytest.raises(UsageError, match="raw has no turns") as caught:
         chat("", "--template", "raw")
+    assert caught.value.fix.startswith("choose --template chatglm2, or ask a single question")
+    blanks = for_commands(family_engine("glm"))
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="fill has no") as caught:
+        patch.setattr(load, "open_choice", lambda *args, **kwargs: blanks)
+        main([])
+    assert caught.value.fix.startswith("ask a single question")
     with pytest.raises(UsageError, match="--logprobs needs --json"):
         chat("", "--logprobs", "2")
     assert parser().parse_args([]).loop_stop == 6 and "(default: 6)" in parser().format_help()

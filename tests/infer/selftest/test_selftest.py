@@ -25,10 +25,12 @@ from infer.selftest.__main__ import main
 from infer.selftest.checks import Check
 from infer.selftest.run import model_name, scrubbed
 from tests.support.checkpoints import TINY, tiny_config, write_official
+from tests.support.family_folders import FAMILIES, random_folder
 from tests.support.shared_data import shared_file, shared_path
 from tests.support.sp_model import sp_model
 
 LINES = 35  # a report must stay fit to paste
+FIGURES = "load_s compile_s prefill_tokens prefill_rate decode_tokens decode_rate".split()
 
 PROGRAMS: dict[Hashable, Any] = {}
 
@@ -133,6 +135,17 @@ def test_of_a_random_model_nothing_is_known(capsys, toy, tmp_path, monkeypatch):
     text = report(capsys, "--model", str(toy), code=4)
     assert lines(text, "FAIL") == ["first token", "answer"]
     assert "expected 36474 for 你好" in text and "ChatGLM2-6B" in text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_later_families_only_what_was_checked_passes(capsys, tmp_path, monkeypatch, family):
+    figures = dict.fromkeys(FIGURES, 1.0)
+    monkeypatch.setattr(checks, "measure", lambda engine: figures)
+    text = report(capsys, "--model", str(random_folder(family, tmp_path)))
+    assert lines(text, "pass") == ["parameters", "shapes", "finite", "cache"]
+    assert lines(text, "skipped") == ["files", "prompt ids", "first token", "answer"]
+    assert f"architecture {family}, " in text and text.count("not known") == 3
+    assert ("none, positions are learned" in text) == (family == "glm")
 
 
 def test_toys_that_pose_as_a_published_checkpoint(capsys, tmp_path):

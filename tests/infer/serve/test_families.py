@@ -60,6 +60,35 @@ def test_a_glm4_call_that_is_demanded_continues_its_name(stream):
     assert served.engine.tokenizer.decode(asked[0]).endswith("weather\n")
 
 
+@pytest.fixture(scope="module")
+def glm4():
+    """A random GLM-4, which would never write JSON by itself."""
+    with serving(family="glm4") as served:
+        yield served
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_arguments_of_a_call_that_is_demanded_match_its_schema(glm4, stream):
+    city = {"type": "object", "properties": {"city": {"enum": ["巴黎"]}}, "required": ["city"]}
+    function = {"name": "weather", "parameters": city | {"additionalProperties": False}}
+    tools = [{"type": "function", "function": function}]
+    for choice in ("required", NAMED):
+        body = {"tools": tools, "tool_choice": choice, "max_tokens": 200, "stream": stream}
+        text, calls, reason = calls_of(glm4.chat("?", **body), stream)
+        assert (text, reason) == ("", "tool_calls")
+        assert [(name, json.loads(found)) for name, found in calls] == [
+            ("weather", {"city": "巴黎"})
+        ]
+
+
+def test_a_demanded_call_that_no_schema_can_bind(glm4):
+    function = {"name": "weather", "parameters": {"properties": {"a": {"type": "nothing"}}}}
+    body = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    assert error_of(glm4.chat("?", **body))["param"] == "tools"
+    body = {"tools": [WEATHER], "tool_choice": "required", "ignore_eos": True}
+    assert error_of(glm4.chat("?", **body))["param"] == "ignore_eos"
+
+
 @pytest.mark.parametrize("content", ["not JSON", "[1]", '{"a": 1e999}', '{"a": "\\ud800"}'])
 def test_what_is_no_call_stays_text(content):
     with serving(f"weather\n{content}<|observation|>", family="glm4") as served:
@@ -138,3 +167,20 @@ def test_glm_fills_a_blank_or_continues():
         ):
             assert answered.status_code == 400 and "one kind" in error_of(answered)["message"]
         assert "/v1/completions" in error_of(served.chat("天[MASK]"))["message"]
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("chatglm3", ("ChatGLMTokenizer", "</s>", "<unk>")),
+        ("glm4", ("ChatGLM4Tokenizer", "<|endoftext|>", "<|endoftext|>")),
+        ("chatglm", ("ChatGLMTokenizer", "<eop>", "<pad>")),
+        ("glm", ("GLMChineseTokenizer", "<|endofpiece|>", "<|endoftext|>")),
+    ],
+)
+def test_the_tokenizer_is_described_as_it_is(family, names):
+    with serving("a", family=family) as served:
+        info = served.request("GET", "/tokenizer_info").json()
+        tokenizer = served.engine.tokenizer
+    assert (info["tokenizer_class"], info["eos_token"], info["pad_token"]) == names
+    assert (info["prefix_ids"], info["suffix_ids"]) == (tokenizer.prefix_ids, tokenizer.suffix_ids)

@@ -25,8 +25,8 @@ from train.data.duplicates import repeats, signature
 from train.data.options import DataOptions, split_weight
 
 LONG = "The capital of France is Paris, and the capital of the other country is another city. " * 3
-FOLDER: object = SimpleNamespace(
-    tokenizer=GLM2, template="chatglm2", config=SimpleNamespace(seq_length=300)
+FOLDER = SimpleNamespace(
+    tokenizer=GLM2, template="chatglm2", config=SimpleNamespace(seq_length=300, context_limit=300)
 )
 
 
@@ -125,7 +125,7 @@ def test_a_sample_marks_what_is_learned(tmp_path):
     assert len(print_sample(dataset, 9).split("learned (*)")) == 3
 
 
-def test_flags_become_a_dataset(tmp_path):
+def test_flags_become_a_dataset(tmp_path, monkeypatch, capsys):
     one = str(write_rows(tmp_path / "one", [alpaca(f"Q{n}") for n in range(4)]))
     two = str(write_rows(tmp_path / "two", [alpaca(f"Q{n}") for n in range(3)]))
     dataset = opened("--data", f"{one}=2.5", "--data", two, "--mix-data", two)
@@ -142,6 +142,15 @@ def test_flags_become_a_dataset(tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             opened("--data", one, *argv)
+    trained = FOLDER.config.seq_length
+    monkeypatch.setattr(FOLDER.config, "context_limit", 2**31 - 1)  # as of ChatGLM-6B
+    capsys.readouterr()
+    assert opened("--data", one).max_length == trained
+    assert "warning" not in capsys.readouterr().err
+    assert opened("--data", one, "--max-length", "301").max_length == 301
+    assert capsys.readouterr().err.count("301 is beyond 300, the length of its training") == 1
+    opened("--data", one, "--max-length", "301", other=two)
+    assert "warning" not in capsys.readouterr().err
     assert split_weight("a=b.jsonl") == ("a=b.jsonl", 1.0)
     assert split_weight("a=b.jsonl=0.5") == ("a=b.jsonl", 0.5)
 
