@@ -172,7 +172,8 @@ def _chunk(index: int, delta: Json) -> Json:
 
 
 def _end(completion: Completion, calls: Sequence[Json]) -> Json:
-    return _ending(completion) | ({"finish_reason": "tool_calls"} if calls else {})
+    called = calls and not tool_calls.cut_off(completion)
+    return _ending(completion) | ({"finish_reason": "tool_calls"} if called else {})
 
 
 class _Places:

@@ -144,23 +144,30 @@ def read(
 
     `calls` is how the model writes them, see `Template.calls`.
     The answer continues the `beginning` of a call of the tool `called`, if one is given. If such a
-    call was cut off, it is neither a call nor text.
+    call was cut off, its arguments are what the model wrote of them.
     """
     texts, found, messages, style = [], [], completion.messages, _STYLES[calls]
     if called is not None:
         messages = (Message("assistant", called, style.opening + completion.text),)
     for message in messages:
         arguments = style.read(message.content) if _may_call(message) else None
-        if arguments is None:
-            written = "" if completion.finish_reason in ("length", "loop") else completion.text
-            texts.append(message.text if called is None else written)
+        if arguments is not None:
+            text = json.dumps(arguments, ensure_ascii=False)
+        elif called is not None and cut_off(completion):
+            text = completion.text
+        else:
+            texts.append(message.text if called is None else completion.text)
             continue
-        text = json.dumps(arguments, ensure_ascii=False)
         function = {"name": message.metadata, "arguments": text}
         found.append(
             {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
         )
     return "\n".join(texts), found
+
+
+def cut_off(completion: Completion) -> bool:
+    """Return whether the model would have written more."""
+    return completion.finish_reason in ("length", "loop")
 
 
 def deltas(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,14 +5,15 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
 import jax
+import numpy as np
 
-from glm2_jax import GLMConfig, Tokenizer, init_params
+from glm2_jax import GLMConfig, Tokenizer, forward, init_params
 from infer.engine.answer import Completion
 from infer.engine.engine import Engine
 from tests.support.rank_file import rank_file
@@ -147,6 +148,17 @@ def streamed(engine: Engine, prompts, sampling, **kwargs: Any) -> list[Completio
 def finished(events) -> Completion:
     """Return the answer at the end of a call of one row."""
     return next(event.completion for event in events if event.completion)
+
+
+def prompt_scores(engine: Engine, ids: Sequence[int]) -> np.ndarray:
+    """The log-probabilities after each id, float32 [T, V], from the plain forward pass."""
+    tokens = np.zeros((1, 64), np.int32)  # what follows does not matter, and compiles once
+    tokens[0, : len(ids)] = ids
+    logits, _ = _forward(engine.config, engine.executor.params, tokens)
+    return np.asarray(jax.nn.log_softmax(logits[0]))[: len(ids)]
+
+
+_forward = jax.jit(forward, static_argnums=0)
 
 
 @contextlib.contextmanager

@@ -1,25 +1,23 @@
-"""A stand-in for `infer.batching.worker.Worker`: the same interface, one job after another."""
+"""A stand-in for `infer.batching.worker.Worker`: the same interface, one job after another.
+
+The real worker asks its queue between two steps of the model; here a test can hold the answer at a
+token while jobs still come, leave and are cancelled.
+"""
 
 import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-import jax
-import numpy as np
-
-from glm2_jax import forward
 from glm2_jax.errors import GLMError
 from infer.batching.job import Busy, Event, Failure, Job
 from infer.batching.options import BatchOptions
 from infer.batching.worker import Status
-from infer.engine.answer import TokenLogprob
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
-from infer.engine.rows import Row, TokenEvent
-from infer.engine.scheduler import Scheduler
+from infer.engine.rows import Row
 
 Script = Callable[[Row], Iterable[int]]  # the tokens that the model is said to write
 
@@ -27,21 +25,16 @@ Script = Callable[[Row], Iterable[int]]  # the tokens that the model is said to 
 class SerialWorker:
     """Answers jobs in one thread; `gate` stops it before each token while it is not set.
 
-    With a `script` no model runs.
+    No model runs: a `script` has the tokens.
     """
 
-    def __init__(
-        self, engine: Engine, options: BatchOptions | None = None, *, script: Script | None = None
-    ):
-        self.engine = engine
-        self.options = options or BatchOptions(slots=1, size=engine.max_length)
-        self.script = script
+    def __init__(self, engine: Engine, options: BatchOptions, *, script: Script):
+        self.engine, self.options, self.script = engine, options, script
         self.gate = threading.Event()
         self.gate.set()
         self.cancelled = 0  # how many jobs were
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
-        self._schedules: dict[Job, Scheduler] = {}
         self._left: set[Job] = set()  # cancelled ones
         self._running: Job | None = None
         self._last_ids: Sequence[int] = ()
@@ -59,17 +52,10 @@ class SerialWorker:
         *,
         draw: int = 0,
         clean: bool = False,
-        client: str = "",
-        deadline: float | None = None,
-        adapter: int = 0,
-        score_prompt: int | None = None,
-        grammar: None = None,
+        **more: Any,
     ) -> Job:
-        schedule = self.engine.schedule([ids], sampling, row_ids=[draw], clean=clean)
-        row = schedule.batch.rows[0]
-        job = Job(row, listener, client, deadline, adapter, score_prompt)
-        self._schedules[job] = schedule
-        return job
+        (row,) = self.engine.rows([ids], sampling, row_ids=[draw], clean=clean)
+        return Job(row, listener, **more)
 
     def submit(self, *jobs: Job) -> None:
         with self._changed:
@@ -124,56 +110,24 @@ class SerialWorker:
 
     def _answer(self, job: Job) -> None:
         row = job.row
-        if job.score_prompt is not None:
-            job.prompt_logprobs[:] = _score(self.engine, row.ids, job.score_prompt)
-        with closing(self._events(job)) as events:
-            while True:
-                self.gate.wait()
-                if job in self._left:
-                    return self._end(job, "cancelled")
-                if self._stopping:
-                    return self._end(job, "stopping")
-                if job.deadline is not None and time.monotonic() > job.deadline:
-                    return self._end(job, "deadline")
-                event = next(events)
-                if row.tokens == 1:  # as if it had kept the prompt before
-                    pairs = zip(self._last_ids, row.ids[:-1], strict=False)
-                    same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-                    row.stats.reused_tokens, self._last_ids = len(list(same)), row.ids
-                job.listener(event)
-                if event.completion is not None:
-                    return None
-
-    def _events(self, job: Job) -> Generator[TokenEvent, None, None]:
-        schedule, row = self._schedules.pop(job), job.row
-        if self.script is None:
-            yield from schedule.events()
-            return
         for token in self.script(row):
-            if not row.ended:
-                yield row.take(token, None)
+            self.gate.wait()
+            if job in self._left:
+                return self._end(job, "cancelled")
+            if self._stopping:
+                return self._end(job, "stopping")
+            if job.deadline is not None and time.monotonic() > job.deadline:
+                return self._end(job, "deadline")
+            event = row.take(token, None)
+            if row.tokens == 1:  # as if it had kept the prompt before
+                pairs = zip(self._last_ids, row.ids[:-1], strict=False)
+                same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+                row.stats.reused_tokens, self._last_ids = len(list(same)), row.ids
+            job.listener(event)
+            if event.completion is not None:
+                return None
+        raise GLMError("the script ended before the answer")
 
     def _end(self, job: Job, reason: str) -> None:
         self.cancelled += reason == "cancelled"
-        self._schedules.pop(job, None)
         job.listener(Failure(reason, GLMError(f"the request has ended: {reason}")))
-
-
-def prompt_scores(engine: Engine, ids: Sequence[int]) -> np.ndarray:
-    """The log-probabilities after each id, float32 [T, V], from the plain forward pass."""
-    tokens = np.zeros((1, 64), np.int32)  # what follows does not matter, and compiles once
-    tokens[0, : len(ids)] = ids
-    logits, _ = _forward(engine.config, engine.executor.params, tokens)
-    return np.asarray(jax.nn.log_softmax(logits[0]))[: len(ids)]
-
-
-_forward = jax.jit(forward, static_argnums=0)
-
-
-def _score(engine: Engine, ids: Sequence[int], count: int) -> list[TokenLogprob]:
-    found = []
-    for row, token in zip(prompt_scores(engine, ids), ids[1:], strict=False):
-        best = np.argsort(-row, kind="stable")[:count]
-        top = tuple((int(i), float(row[i])) for i in best)
-        found.append(TokenLogprob(token, float(row[token]), top))
-    return found

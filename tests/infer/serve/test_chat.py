@@ -146,15 +146,27 @@ def test_a_tool_that_must_be_called_is(stream, choice):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_tool_call_that_was_cut_off_shows_nothing_of_the_template(stream):
-    with serving("city='巴黎')\n```", family="chatglm3") as served:
-        asked = {"tools": [WEATHER], "tool_choice": NAMED, "max_tokens": 3, "stream": stream}
-        response = served.chat(**asked)
+@pytest.mark.parametrize(
+    ("family", "arguments", "kept"),
+    [
+        ("chatglm3", "city='巴黎')\n```", 3),
+        ("glm4", '{"city": "巴黎"}', 3),
+        ("glm4", '{"city": "巴黎"}', None),  # the model might have written on
+    ],
+)
+def test_a_tool_call_that_was_cut_off_shows_what_was_written(family, arguments, kept, stream):
+    asked = {"tools": [WEATHER], "tool_choice": NAMED, "stream": stream}
+    with serving(arguments, family=family) as served:
+        ids = served.engine.tokenizer.encode(arguments)[:kept]
+        response = served.chat(**asked, max_tokens=len(ids))
+        written = served.engine.tokenizer.decode(ids)
     bodies = chunks(response) if stream else [response.json()]
     choices = [choice for body in bodies for choice in body["choices"]]
     said = [choice["delta" if stream else "message"] for choice in choices]
-    assert not any(one.get("content") or one.get("tool_calls") for one in said)
-    assert choices[-1]["finish_reason"] == "length"
+    called = [call["function"] for one in said for call in one.get("tool_calls") or ()]
+    assert not any(one.get("content") for one in said)
+    assert called[0]["name"] == "weather" and choices[-1]["finish_reason"] == "length"
+    assert "".join(function["arguments"] for function in called) == written != ""
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])

@@ -12,8 +12,7 @@ from infer.engine.params import SamplingParams
 from infer.engine.rows import Row, TokenEvent
 from infer.serve.answers import TextShape
 from infer.serve.prompts import Prompt
-from tests.support.engine_toy import streamed
-from tests.support.serial_worker import prompt_scores
+from tests.support.engine_toy import prompt_scores, streamed
 from tests.support.serve import chunks, error_of, serving
 
 GREEDY = {"temperature": 0, "max_tokens": 5}
@@ -106,7 +105,7 @@ def test_offsets_are_places_in_the_text(stream):
 
 
 def test_a_prompt_alone_is_scored_without_an_answer():
-    with serving("x") as served:
+    with serving() as served:
         sent = served.engine.tokenizer.encode("Hello world")
         whole = served.engine.tokenizer.prefix_ids + sent
         asked = {"echo": True, "logprobs": 0, "max_tokens": 0}
@@ -127,9 +126,10 @@ def test_a_prompt_alone_is_scored_without_an_answer():
 
 def test_a_scored_prompt_has_an_entry_for_the_end_token():
     """Clients slice off the entry of the one token that they had to ask for."""
-    with serving("") as served:
-        sent = served.engine.tokenizer.encode("Hello world")
-        asked = {"prompt": sent, "echo": True, "logprobs": 1, "max_tokens": 1}
+    with serving() as served:
+        tokenizer = served.engine.tokenizer
+        sent, bias = tokenizer.encode("Hello world"), {str(tokenizer.eos_id): 100}
+        asked = {"prompt": sent, "echo": True, "logprobs": 1, "max_tokens": 1, "logit_bias": bias}
         lists = served.post("/v1/completions", asked).json()["choices"][0]["logprobs"]
     assert len(lists["tokens"]) == len(sent) + 1 and lists["token_logprobs"][-1] is None
 

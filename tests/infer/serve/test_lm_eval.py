@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.support.serial_worker import prompt_scores
+from tests.support.engine_toy import prompt_scores
 from tests.support.serve import serving
 
 pytestmark = [
