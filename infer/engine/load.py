@@ -18,6 +18,7 @@ from convert.adapters.prefix import attach_prefix, load_prefix
 from convert.hub.find import find_model
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import UsageError
+from glm2_jax.runtime.compile_cache import enable_unless_set
 from glm2_jax.runtime.devices import device_errors, faster_layers, find_device, find_mesh
 from infer.engine.engine import Engine
 from infer.engine.programs import OnEvent
@@ -49,10 +50,14 @@ def load(
     prefix: str | os.PathLike | None = None,
     source: str | None = None,
     revision: str | None = None,
+    compile_cache: str | os.PathLike | None = None,
     on_event: OnEvent | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Engine:
     """Open a checkpoint and return an engine that answers with it.
+
+    Compiled programs are kept for the next process, in JAX's persistent cache, which belongs to
+    the process: other programs that it compiles afterwards are kept there, too.
 
     Args:
         path: any folder that `convert.load_checkpoint` knows, or a hub's "owner/name"; None = the
@@ -70,7 +75,9 @@ def load(
             trained on another base or template.
         prefix: folder of a P-Tuning v2 prefix, from the official training.
         source, revision: hub of "owner/name" ("hf", "modelscope"; None = no network), and revision.
-        on_event: called with a kind ("compile") and a line of text.
+        compile_cache: folder of compiled programs, or "off"; None = as JAX is set
+            (`jax_compilation_cache_dir`), else $GLM2_JAX_COMPILE_CACHE or the user's cache folder.
+        on_event: called with a kind ("compile", "warning") and a line of text.
         progress: called with the bytes of parameters loaded and to load.
 
     Raises:
@@ -87,6 +94,8 @@ def load(
     where = {"mesh": over, "device": find_device(device) if mesh is None else None}
     folder = _find(path, source, revision)  # last: it may have to be downloaded
     options = EngineOptions(max_length, prefill_chunk, speculate)
+    warn = partial(on_event, "warning") if on_event else lambda line: None
+    enable_unless_set(compile_cache, warn=warn)
     return open_choice(choice, options, folder, **where, on_event=on_event, progress=progress)
 
 
