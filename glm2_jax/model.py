@@ -373,6 +373,8 @@ def _hidden(config, params, tokens, where, lora, key=None, noise=None, remat=Fal
         carry = model.apply(variables, tokens, context, cache, noise, method=GLM.carry)
         step = nn.apply(run_layer, GLMBlock(config, deterministic))
         step = jax.checkpoint(step) if remat else step
+        if cache is not None and isinstance(tokens, jax.core.Tracer):
+            step = jax.jit(step, inline=True)  # layers of the same shapes are traced once
         for layer, weights in enumerate(params["layers"]):
             rngs = None if deterministic else {"dropout": jax.random.fold_in(key, layer)}
             args = carry, layer, context, layer_of(lora, layer)
