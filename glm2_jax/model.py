@@ -19,6 +19,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from glm2_jax.attention import attend, finite_values
 from glm2_jax.cache import KVCache, read_layer, write_layer
@@ -360,10 +361,9 @@ def param_shapes(config: GLMConfig) -> Params:
 
 
 def _hidden(config, params, tokens, where, lora, key=None, noise=None, remat=False):
-    positions, segment_ids, cache, rows, view = where
     lora = params.get("lora") if lora is None else lora
-    known = params["final_norm"].dtype, params.get("prefix"), rows, view
-    context, cache = token_context(config, tokens, positions, segment_ids, cache, *known)
+    known = params["final_norm"].dtype, params.get("prefix"), *where[3:]  # rows, view
+    context, cache = token_context(config, tokens, *where[:3], *known)
     deterministic = key is None
     model, variables = GLM(config, deterministic, remat), {"params": params}
     if isinstance(params["layers"], Mapping):
@@ -373,7 +373,7 @@ def _hidden(config, params, tokens, where, lora, key=None, noise=None, remat=Fal
         carry = model.apply(variables, tokens, context, cache, noise, method=GLM.carry)
         step = nn.apply(run_layer, GLMBlock(config, deterministic))
         step = jax.checkpoint(step) if remat else step
-        if cache is not None and isinstance(tokens, jax.core.Tracer):
+        if cache is not None and isinstance(tokens, Tracer):
             step = jax.jit(step, inline=True)  # layers of the same shapes are traced once
         for layer, weights in enumerate(params["layers"]):
             rngs = None if deterministic else {"dropout": jax.random.fold_in(key, layer)}

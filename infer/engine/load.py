@@ -56,14 +56,9 @@ def load(
 ) -> Engine:
     """Open a checkpoint and return an engine that answers with it.
 
-    Compiled programs are kept for the next process, in JAX's persistent cache, which belongs to
-    the process: other programs that it compiles afterwards are kept there, too.
-
     Args:
-        path: any folder that `convert.load_checkpoint` knows, or a hub's "owner/name"; None = the
-            bundled demo model.
-        dtype, quantize, quantize_embeddings, rope_kind, template, family: as in
-            `convert.load_checkpoint`.
+        path: a folder that `convert.load_checkpoint` knows, or a hub's "owner/name"; None = demo.
+        dtype, quantize, quantize_embeddings, rope_kind, template, family: of `load_checkpoint`.
         layers: "stacked" or "list", as there; None = what is faster on the device.
         mesh: a mesh over all devices, those of other processes included: a text such as
             "data=2,tensor=4", axis -> size, or a `jax.sharding.Mesh`; None = one device.
@@ -71,11 +66,10 @@ def load(
         prefill_chunk: prompt tokens of all rows together per prefill; None = 2048.
         speculate: draft tokens per step, see `infer.engine.drafts`; 0 = off.
         device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
-        adapter, force_adapter: folder of a LoRA adapter (train.lora or PEFT); accept one that was
-            trained on another base or template.
+        adapter, force_adapter: folder of a LoRA adapter; accept one of another base or template.
         prefix: folder of a P-Tuning v2 prefix, from the official training.
-        source, revision: hub of "owner/name" ("hf", "modelscope"; None = no network), and revision.
-        compile_cache: folder of compiled programs, or "off"; None = as JAX is set
+        source, revision: hub of "owner/name" ("hf", "modelscope"; None = no network), revision.
+        compile_cache: folder of this process's compiled programs, or "off"; None = as JAX is set
             (`jax_compilation_cache_dir`), else $GLM2_JAX_COMPILE_CACHE or the user's cache folder.
         on_event: called with a kind ("compile", "warning") and a line of text.
         progress: called with the bytes of parameters loaded and to load.
@@ -94,8 +88,7 @@ def load(
     where = {"mesh": over, "device": find_device(device) if mesh is None else None}
     folder = _find(path, source, revision)  # last: it may have to be downloaded
     options = EngineOptions(max_length, prefill_chunk, speculate)
-    warn = partial(on_event, "warning") if on_event else lambda line: None
-    enable_unless_set(compile_cache, warn=warn)
+    enable_unless_set(compile_cache, warn=lambda line: on_event and on_event("warning", line))
     return open_choice(choice, options, folder, **where, on_event=on_event, progress=progress)
 
 
