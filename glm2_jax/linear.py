@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from glm2_jax import forms
-from glm2_jax.mesh import WEIGHT_RULES, active_mesh, pieces
+from glm2_jax.mesh import WEIGHT_RULES, active_mesh, constrain, pieces
 from glm2_jax.products import Weight, add, describe, multiply, plain
 from glm2_jax.quant import QTensor, dequantize_whole
 
@@ -40,6 +40,16 @@ def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -
     form = forms.chosen().of_product(describe(matrix, weight))
     product = _multiply(_MATRICES, form, matrix, weight, added)
     return product.reshape(*x.shape[: x.ndim - columns], *rows)
+
+
+def project(spec: str, x: jax.Array, weight: Any, bias: jax.Array | None, added: Any) -> jax.Array:
+    """Compute product, `added` and bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
+    projected = biased(einsum(spec, x, weight, added), bias).astype(x.dtype)
+    return constrain(projected, *spec.split("->")[1])
+
+
+def biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return x if bias is None else x + bias.astype(jnp.float32)
 
 
 def _product(

@@ -19,6 +19,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from glm2_jax.attention import attend, finite_values
 from glm2_jax.cache import KVCache, read_layer, write_layer
@@ -27,7 +28,7 @@ from glm2_jax.config import GLMConfig
 from glm2_jax.context import TokenContext, token_context
 from glm2_jax.forms import using
 from glm2_jax.limits import MLP_ELEMENTS
-from glm2_jax.linear import einsum
+from glm2_jax.linear import biased, einsum, project
 from glm2_jax.lora import LoRA, adapt, layer_of
 from glm2_jax.mesh import active_mesh, constrain, pieces
 from glm2_jax.norms import ACTIVATIONS, norm
@@ -361,37 +362,33 @@ def param_shapes(config: GLMConfig) -> Params:
     return jax.tree.map(lambda x: x.shape, abstract)
 
 
-def _hidden(config, params, tokens, where, lora, key=None, noise=None, remat=False):
+def _hidden(config, params, tokens, where, *more) -> tuple[jax.Array, KVCache | None]:
+    with using(config.forms):
+        return _run(config, params, tokens, where, *more)
+
+
+def _run(config, params, tokens, where, lora, key=None, noise=None, remat=False):
     positions, segment_ids, cache, rows, view = where
     lora = params.get("lora") if lora is None else lora
     known = params["final_norm"].dtype, params.get("prefix"), rows, view
     context, cache = token_context(config, tokens, positions, segment_ids, cache, *known)
     deterministic = key is None
-    with using(config.forms):
-        model, variables = GLM(config, deterministic, remat), {"params": params}
-        if isinstance(params["layers"], Mapping):
-            rngs = None if deterministic else {"dropout": key}
-            carry = model.apply(variables, tokens, context, cache, lora, noise, rngs=rngs)
-        else:
-            carry = model.apply(variables, tokens, context, cache, noise, method=GLM.carry)
-            step = nn.apply(run_layer, GLMBlock(config, deterministic))
-            step = jax.checkpoint(step) if remat else step
-            for layer, weights in enumerate(params["layers"]):
-                rngs = None if deterministic else {"dropout": jax.random.fold_in(key, layer)}
-                args = carry, layer, context, layer_of(lora, layer)
-                carry, _ = step({"params": weights}, *args, rngs=rngs)
+    model, variables = GLM(config, deterministic, remat), {"params": params}
+    if isinstance(params["layers"], Mapping):
+        rngs = None if deterministic else {"dropout": key}
+        carry = model.apply(variables, tokens, context, cache, lora, noise, rngs=rngs)
+    else:
+        carry = model.apply(variables, tokens, context, cache, noise, method=GLM.carry)
+        step = nn.apply(run_layer, GLMBlock(config, deterministic))
+        step = jax.checkpoint(step) if remat else step
+        if cache is not None and isinstance(tokens, Tracer):
+            step = jax.jit(step, inline=True)  # layers of the same shapes are traced once
+        for layer, weights in enumerate(params["layers"]):
+            rngs = None if deterministic else {"dropout": jax.random.fold_in(key, layer)}
+            args = carry, layer, context, layer_of(lora, layer)
+            carry, _ = step({"params": weights}, *args, rngs=rngs)
     x, k, v = cast(Any, carry)
     return x, None if cache is None else dataclasses.replace(cache, k=k, v=v).pinned()
-
-
-def project(spec: str, x: jax.Array, weight: Any, bias: jax.Array | None, added: Any) -> jax.Array:
-    """Compute product, `added` and bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
-    projected = biased(einsum(spec, x, weight, added), bias).astype(x.dtype)
-    return constrain(projected, *spec.split("->")[1])
-
-
-def biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return x if bias is None else x + bias.astype(jnp.float32)
 
 
 def _after_prefix(prefix: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:

@@ -3,11 +3,19 @@
 Measured with jax 0.10.2 and 0.12.0: `jax.device_put` of a 64-byte aligned numpy array is a view
 on the CPU (no copy, no extra memory), so there the array is filled in numpy. On an accelerator
 pieces are written into the array on the device, whose buffer is donated each time.
+
+Threads fill pieces at the same time: reading waits for the disk, and numpy checks, casts and
+quantizes without Python's lock.
 """
 
+import collections
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,6 +42,7 @@ from glm2_jax.sharding import params_sharding
 
 Progress = Callable[[int, int], None]
 
+THREADS = 4  # each needs a few times the memory of a piece
 _ALIGNMENT = 64
 
 
@@ -72,14 +81,28 @@ def load_params(
             filled = _Weight(part, part.shape(config), stack, dtype, scheme, sharding)
             branch(tree, part, layer)[part.name] = filled
     total = sum(weight.nbytes for weight in jax.tree.leaves(tree))
-    for match in folder.matches:
-        for part, start, stop in match.rule.ranges(config):
-            values = Values(match, part, start, stop, config, folder.scheme)
-            weight = branch(tree, part, match.layer)[part.name]
-            for written in weight.fill(values, match.layer or 0):
-                done += written
-                progress(done, total)
+
+    def pieces() -> Iterator[Callable[[], int]]:
+        for match in folder.matches:
+            for part, start, stop in match.rule.ranges(config):
+                values = Values(match, part, start, stop, config, folder.scheme)
+                weight = branch(tree, part, match.layer)[part.name]
+                yield from weight.pieces(values, match.layer or 0)
+
+    for written in _in_threads(pieces()):
+        done += written
+        progress(done, total)
     return jax.tree.map(lambda weight: weight.finish(), tree)
+
+
+def _in_threads(calls: Iterable[Callable[[], int]]) -> Iterator[int]:
+    """Yield the results in order, with a few calls at work or waiting at any time."""
+    calls = iter(calls)
+    with ThreadPoolExecutor(THREADS) as pool:
+        begun = collections.deque(map(pool.submit, itertools.islice(calls, 2 * THREADS)))
+        while begun:
+            yield begun.popleft().result()
+            begun.extend(map(pool.submit, itertools.islice(calls, 1)))
 
 
 class _Weight:
@@ -111,8 +134,8 @@ class _Weight:
             self.places = list(map(Place, shapes, dtypes, shardings))
         self.nbytes = sum(place.nbytes for place in self.places)
 
-    def fill(self, values: Values, layer: int) -> Iterator[int]:
-        """Read what is needed for a layer; yields the bytes filled each time."""
+    def pieces(self, values: Values, layer: int) -> Iterator[Callable[[], int]]:
+        """Yield functions that fill all that is needed for a layer, and return the bytes."""
         if self.scheme is None:
             dtype = self.places[0].dtype
 
@@ -120,19 +143,15 @@ class _Weight:
                 chunk = values.floats(box)
                 return cast(chunk, dtype, values.match.name) if dtype == np.float16 else chunk
 
-            yield from self._copy(self.places[0], layer, read)
+            yield from self._copies(self.places[0], layer, read)
         elif values.scheme == self.scheme:
-            yield from self._copy(self.places[0], layer, values.integers)
-            yield from self._copy(self.places[1], layer, values.scale)
+            yield from self._copies(self.places[0], layer, values.integers)
+            yield from self._copies(self.places[1], layer, values.scale)
         else:  # a scale is that of complete rows
             boxes = [self._in_layer(box) for place in self.places for box in place.boxes]
             for needed in dict.fromkeys(box[: self.row_axes] for box in boxes):
                 for rows in row_pieces(needed, values.columns):
-                    for place, block in zip(
-                        self.places, values.quantized(rows, self.scheme), strict=True
-                    ):
-                        box = (*rows, *full_box(block.shape[self.row_axes :]))
-                        yield self._write(place, layer, box, block)
+                    yield partial(self._quantize, values, layer, rows, self.scheme)
 
     def finish(self) -> jax.Array | QTensor:
         """Return the filled arrays."""
@@ -142,11 +161,23 @@ class _Weight:
     def _in_layer(self, box: Box) -> Box:
         return box[1:] if self.stacked else box
 
-    def _copy(self, place: "Place", layer: int, read: Callable[[Box], np.ndarray]) -> Iterator[int]:
+    def _copies(
+        self, place: "Place", layer: int, read: Callable[[Box], np.ndarray]
+    ) -> Iterator[Callable[[], int]]:
+        def copy(box: Box) -> int:
+            return self._write(place, layer, box, read(box))
+
         for box in map(self._in_layer, place.boxes):
             columns = box[self.row_axes :]
             for rows in row_pieces(box[: self.row_axes], math.prod(shape_of(columns))):
-                yield self._write(place, layer, (*rows, *columns), read((*rows, *columns)))
+                yield partial(copy, (*rows, *columns))
+
+    def _quantize(self, values: Values, layer: int, rows: Box, scheme: Scheme) -> int:
+        written = 0
+        for place, block in zip(self.places, values.quantized(rows, scheme), strict=True):
+            box = (*rows, *full_box(block.shape[self.row_axes :]))
+            written += self._write(place, layer, box, block)
+        return written
 
     def _write(self, place: "Place", layer: int, box: Box, chunk: np.ndarray) -> int:
         if not self.stacked:
@@ -226,13 +257,16 @@ class DevicePlace:
     """A box on an accelerator, filled the same way; a copy for the others that hold the same."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: list[Any]):
-        self.first, *self.others = devices
-        self.array = jnp.zeros(shape, dtype, device=self.first)
+        first, *self.others = devices
+        self.array = jnp.zeros(shape, dtype, device=first)
+        (self.first,) = self.array.devices()  # a default device may be that of one thread
+        self.lock = threading.Lock()
 
     def write(self, index: tuple[slice, ...], values: np.ndarray) -> None:
         """Put `values` at `index`; the cast happens on the device."""
         piece = jax.device_put(values, self.first)
-        self.array = _update(self.array, piece, tuple(cut.start for cut in index))
+        with self.lock:
+            self.array = _update(self.array, piece, tuple(cut.start for cut in index))
 
     def finish(self) -> list[jax.Array]:
         """Return the filled box for each of its devices."""

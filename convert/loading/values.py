@@ -21,7 +21,7 @@ from glm2_jax.schemes import Scheme
 # into equal boxes, of which a process holds some; what is read and written are boxes, too.
 Box = tuple[tuple[int, int], ...]
 
-CHUNK_ELEMENTS = 4 * 2**20
+CHUNK_ELEMENTS = 2**20
 _DOWNLOAD_AGAIN = "Download the file again and compare its sha256 with the published one."
 
 # The exponent bits of a two-byte float: all ones means infinity or NaN. Comparing bits is several

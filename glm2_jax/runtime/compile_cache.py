@@ -1,6 +1,7 @@
 """The persistent compilation cache: a program that was compiled once starts at once the next time.
 
-Only the command-line tools turn it on; a library should not write to a user's folders unasked.
+The command-line tools choose its folder. `infer.load` is a guest in its user's process: settings of
+JAX that are made there already stay as they are.
 """
 
 from __future__ import annotations
@@ -73,6 +74,22 @@ def enable_compile_cache(
 
     get_file_cache.unchecked = make  # type: ignore[attr-defined]
     jax_cache.get_file_cache = get_file_cache
+
+
+def enable_unless_set(
+    folder: str | os.PathLike | None = None, *, warn: Callable[[str], None] = lambda line: None
+) -> None:
+    """Do what `enable_compile_cache` does, unless JAX has a cache already, or is to have none.
+
+    That is known from `jax_compilation_cache_dir` and `jax_enable_compilation_cache`, options or
+    environment variables of JAX. A `folder`, or "off", is an explicit choice and goes before them.
+    """
+    import jax
+
+    config: Any = jax.config  # its attributes are made at run time
+    is_set = config.jax_compilation_cache_dir is not None
+    if folder is not None or (config.jax_enable_compilation_cache and not is_set):
+        enable_compile_cache(folder, warn=warn)
 
 
 class Lookup(logging.Filter):

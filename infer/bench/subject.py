@@ -87,8 +87,8 @@ class Subject:
             params = random_params(self.config, target, scheme=scheme, as_list=as_list, **place)
         else:
             form = {"dtype": dtype, "quantize": quantize, "layers": layers}
-            form |= {"tuned": OFF, **self.settings.choice.form}
-            checkpoint = load(self._folder, **form, **place).checkpoint
+            form |= {"tuned": OFF, "compile_cache": "off"}  # seconds of compiling are a result
+            checkpoint = load(self._folder, **form, **self.settings.choice.form, **place).checkpoint
             params, quantization = checkpoint.params, checkpoint.summary.quantization or "none"
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         name = dtype_name(params["final_norm"].dtype)

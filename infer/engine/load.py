@@ -21,6 +21,7 @@ from convert.loading.folder import Folder
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import UsageError
 from glm2_jax.forms import Forms
+from glm2_jax.runtime.compile_cache import enable_unless_set
 from glm2_jax.runtime.devices import device_errors, faster_layers, find_device, find_mesh
 from infer.engine.engine import Engine
 from infer.engine.programs import OnEvent
@@ -54,33 +55,32 @@ def load(
     prefix: str | os.PathLike | None = None,
     source: str | None = None,
     revision: str | None = None,
+    compile_cache: str | os.PathLike | None = None,
     on_event: OnEvent | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Engine:
     """Open a checkpoint and return an engine that answers with it.
 
     Args:
-        path: any folder that `convert.load_checkpoint` knows, or a hub's "owner/name"; None = the
-            bundled demo model.
-        dtype, quantize, quantize_embeddings, rope_kind, template, family: as in
-            `convert.load_checkpoint`.
-        layers: "stacked" or "list", as there; None = what is faster on the device.
-        mesh: a mesh over all devices, those of other processes included: a text such as
-            "data=2,tensor=4", axis -> size, or a `jax.sharding.Mesh`; None = one device.
-        max_length: longest prompt and answer together; None = 8192, or what the model has.
-        prefill_chunk: prompt tokens of all rows together per prefill; None = 2048.
+        path: a folder that `convert.load_checkpoint` knows, or a hub's "owner/name"; None = demo.
+        dtype, quantize, quantize_embeddings, rope_kind, template, family: of `load_checkpoint`.
+        layers: "stacked" or "list"; None = what is faster on the device.
+        mesh: over all devices, those of other processes included: "data=2,tensor=4", axis -> size,
+            or a `jax.sharding.Mesh`; None = one device.
+        max_length, prefill_chunk: of prompt and answer (None = 8192, or what the model has), of all
+            prompts in one prefill (None = 2048); in tokens.
         speculate: draft tokens per step, see `infer.engine.drafts`; 0 = off.
         tuned: forms of products: "auto" = as a command measured, "off", or a file of `infer.tune`.
         device: "auto" (or None), "cpu", "gpu", "tpu", or a `jax.Device`.
-        adapter, force_adapter: folder of a LoRA adapter; accept that of another base or template.
+        adapter, force_adapter: folder of a LoRA adapter; accept one of another base or template.
         prefix: folder of a P-Tuning v2 prefix, from the official training.
-        source, revision: hub of "owner/name" ("hf", "modelscope"; None = no network), and revision.
-        on_event: called with a kind ("compile") and a line of text.
-        progress: called with the bytes of parameters loaded and to load.
+        source, revision: hub of "owner/name" ("hf", "modelscope"; None = no network), revision.
+        compile_cache: folder of this process's programs, or "off"; None = as JAX is set, else ours.
+        on_event, progress: called with a kind ("compile", "warning") and a line of text; with the
+            bytes of parameters loaded and to load.
 
-    Raises:
-        UsageError: an argument makes no sense. CheckpointError: the folder cannot be opened.
-        DeviceError: the device is not there, or its memory is too small.
+    Raises UsageError if an argument makes no sense, CheckpointError if the folder cannot be opened,
+    DeviceError if the device is not there, or its memory is too small.
     """
     choice = ModelChoice(
         dtype=dtype, quantize=quantize, quantize_embeddings=quantize_embeddings, layers=layers,
@@ -92,6 +92,7 @@ def load(
     where = {"mesh": over, "device": find_device(device) if mesh is None else None}
     folder = _find(path, source, revision)  # last: it may have to be downloaded
     options = EngineOptions(max_length, prefill_chunk, speculate, tuned=tuned)
+    enable_unless_set(compile_cache, warn=lambda line: on_event and on_event("warning", line))
     return open_choice(choice, options, folder, **where, on_event=on_event, progress=progress)
 
 

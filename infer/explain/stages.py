@@ -17,8 +17,8 @@ from glm2_jax import GLMConfig
 from glm2_jax.attention import scaled_scores
 from glm2_jax.cache import read_layer, write_layer
 from glm2_jax.context import TokenContext
-from glm2_jax.linear import einsum
-from glm2_jax.model import GLM, GLMBlock, biased, project
+from glm2_jax.linear import biased, einsum, project
+from glm2_jax.model import GLM, GLMBlock
 from glm2_jax.norms import ACTIVATIONS, norm
 from glm2_jax.rope import apply_rope
 

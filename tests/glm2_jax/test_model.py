@@ -1,6 +1,7 @@
 """The model against itself: every way to run it gives the same logits."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -245,6 +246,20 @@ def test_an_edit_of_run_layer_counts_in_both_forms_alike(way, params, monkeypatc
         scale = np.abs(one).max()
         assert np.abs(one - old).max() >= 0.01 * scale
         np.testing.assert_allclose(other, one, atol=1e-4 * max(scale, 1), rtol=0)
+
+
+def test_a_program_traces_one_layer_of_a_list(params, monkeypatch):
+    traced = []
+
+    def counted(*args, original=model.run_layer):
+        traced.append(args[2])
+        return original(*args)
+
+    monkeypatch.setattr(model, "run_layer", counted)
+    cache = KVCache.zeros(TOY, 2, 8, jnp.float32)
+    step = partial(forward, TOY, unstack_layers(params))
+    jax.eval_shape(lambda tokens, cache: step(tokens, cache=cache), random_tokens(2, 1), cache)
+    assert len(traced) == 1 < TOY.num_layers
 
 
 def test_the_cache_is_updated_in_place():

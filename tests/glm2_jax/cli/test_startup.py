@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from glm2_jax.errors import DeviceError
-from glm2_jax.runtime.compile_cache import Lookup
+from glm2_jax.runtime.compile_cache import VARIABLE, Lookup
 from infer.engine.params import SamplingParams
 from infer.engine.programs import Made, Programs
 from infer.engine.session import Session
@@ -27,10 +27,17 @@ import collections, importlib, json, sys
 import jax
 counts = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.split("/")[-1]]))
-status = importlib.import_module("infer.generate.__main__").main(sys.argv[1:])
+status = importlib.import_module("infer.generate.__main__").main(sys.argv[1:-1])
 names = "compile_requests_use_cache", "cache_hits", "cache_misses"
 print(json.dumps([status, *(counts[name] for name in names)]), file=sys.stderr)
+unused = set(sys.argv.pop().split(",")) & set(sys.modules)
+assert not unused, unused
 """
+# Packages of training, downloads, other formats and the server: an answer does not wait for them.
+UNUSED = (
+    "optax,orbax,orbax.checkpoint,tensorstore,torch,transformers,peft,huggingface_hub,"
+    "modelscope_hub,fastapi,uvicorn,llguidance,tokenizers,pyarrow,gguf,matplotlib,train"
+)
 
 
 def test_a_second_start_of_the_demo_compiles_nothing(tmp_path):
@@ -38,9 +45,9 @@ def test_a_second_start_of_the_demo_compiles_nothing(tmp_path):
         """Give the exit code and counts, other lines, and the answer."""
         done = subprocess.run(
             [sys.executable, "-c", COUNTING, "--greedy", "--max-new-tokens", "3", "--stats",
-             "--device", "cpu", "--compile-cache", str(tmp_path)],
+             "--device", "cpu", "--compile-cache", str(tmp_path), UNUSED],
             cwd=ROOT, input="你好\n", capture_output=True, text=True, timeout=300,
-            env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true"},
+            env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true"}, check=True,
         )  # fmt: skip
         *lines, counts = done.stderr.splitlines()
         return json.loads(counts), lines, done.stdout
@@ -54,6 +61,34 @@ def test_a_second_start_of_the_demo_compiles_nothing(tmp_path):
     assert counts == [0, wanted, wanted, 0] and same == answer
     assert not any(line.startswith("compiling") for line in lines)
     assert any(line.endswith("3 programs, 3 of them kept from before") for line in lines)
+
+
+# Loads the demo, answers, and prints what JAX did for its programs.
+FROM_PYTHON = """
+import collections, json
+import infer, jax
+counts = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.split("/")[-1]]))
+engine = infer.load(device="cpu")
+answer = engine.generate(["你好"], temperature=0, max_new_tokens=3)[0].text
+print(json.dumps([answer, counts["cache_hits"], counts["cache_misses"]]))
+"""
+
+
+def test_a_second_process_that_loads_from_python_compiles_nothing(tmp_path):
+    def load():
+        """Give the answer, and how many programs were found and compiled."""
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", FROM_PYTHON],
+            cwd=ROOT, capture_output=True, text=True, timeout=300,
+            env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", VARIABLE: str(tmp_path)},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        return json.loads(done.stdout)
+
+    answer, found, compiled = load()
+    assert found == 0 and compiled >= len(PROGRAMS)
+    assert load() == [answer, compiled, 0]
 
 
 @pytest.fixture

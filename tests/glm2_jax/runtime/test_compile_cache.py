@@ -4,11 +4,12 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from jax._src.lru_cache import LRUCache
 
 from glm2_jax.runtime import compile_cache
-from glm2_jax.runtime.compile_cache import enable_compile_cache, user_cache
+from glm2_jax.runtime.compile_cache import enable_compile_cache, enable_unless_set, user_cache
 
 
 def test_default_folder(monkeypatch, tmp_path):
@@ -40,6 +41,28 @@ def test_an_unusable_folder_is_only_a_warning(tmp_path, monkeypatch):
         enable_compile_cache(folder, warn=warnings.append)
     assert len(warnings) == 4 and "home" in warnings[0]
     assert all("no compilation cache" in line for line in warnings)
+
+
+def test_a_guest_leaves_the_settings_of_jax_as_they_are(monkeypatch, tmp_path):
+    chosen = []
+    monkeypatch.setattr(compile_cache, "enable_compile_cache", lambda x, warn: chosen.append(x))
+    config = "jax_compilation_cache_dir", "jax_enable_compilation_cache"
+    before = [getattr(jax.config, name) for name in config]
+    try:
+        for folder, on, taken in (
+            (None, True, [None, "off", "mine"]),
+            (None, False, ["off", "mine"]),
+            (str(tmp_path), True, ["off", "mine"]),
+        ):
+            for name, value in zip(config, (folder, on), strict=True):
+                jax.config.update(name, value)
+            chosen.clear()
+            for choice in (None, "off", "mine"):
+                enable_unless_set(choice)
+            assert chosen == taken
+    finally:
+        for name, value in zip(config, before, strict=True):
+            jax.config.update(name, value)
 
 
 def test_the_oldest_programs_go_first(tmp_path):
