@@ -29,56 +29,63 @@ def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -
     to TF32 and TPUs to bfloat16. The scales of quantized weights are applied in float32. Adding
     zeros as `added`, float32 of the result's shape, changes no bit, whatever the compiler fuses.
     """
-    columns = _summed_columns(spec)
-    if not columns:
-        return _multiply(spec, x, w, added)
-    if active_mesh():  # a matrix would merge axes that are cut over devices
-        return _multiply(spec.replace("...", _LEADING[: x.ndim - columns]), x, w, added)
-    rows = w.scale.shape if isinstance(w, QTensor) else w.shape
-    rows = rows[: len(spec.split("->")[0].split(",")[1]) - columns]
-    matrix = x.reshape(-1, math.prod(x.shape[x.ndim - columns :]))
-    weight = _as_matrix(w, len(rows))
-    added = None if added is None else added.reshape(len(matrix), -1)
-    product = _multiply(_MATRICES, matrix, weight, added)
-    return product.reshape(*x.shape[: x.ndim - columns], *rows)
+    if active_mesh():
+        spec = spec.replace("...", _LEADING[: x.ndim - _summed_columns(spec)])
+    return _multiply(spec, x, w, added)
 
 
 def _product(spec: str, x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
     """Compute the product, in the platform's form if it is activations times a weight."""
-    if spec != _MATRICES:
+    columns = _merged_columns(spec)
+    if not columns:
         return _add(_plain(spec, x, _as_array(spec, w, x.dtype)), added)
+    rows = w.scale.shape if isinstance(w, QTensor) else w.shape
+    rows = rows[: _row_axes(spec)]
+    matrix = x.reshape(-1, math.prod(x.shape[x.ndim - columns :]))
+    weight = _as_matrix(w, len(rows))
+    added = None if added is None else added.reshape(len(matrix), -1)
     # Each computes [M, C] times a weight [R, C]: float32 [M, R].
     forms = {"cpu": _on_cpu, "cuda": _on_gpu, "tpu": _on_tpu}
-    return jax.lax.platform_dependent(x, w, added, **forms, default=_by_dot)
+    product = jax.lax.platform_dependent(matrix, weight, added, **forms, default=_by_dot)
+    return product.reshape(*x.shape[: x.ndim - columns], *rows)
 
 
-def _forward(spec: str, x: jax.Array, w: Weight, added: jax.Array | None):
+def _forward(spec: str, x: Any, w: Any, added: Any) -> tuple[jax.Array, Any]:
+    """Return the product, and what the gradients need: activations only for a trained weight."""
+    trained = any(one.perturbed for one in jax.tree.leaves(w))
+    x, w, added = jax.tree.map(lambda one: one.value, (x, w, added))
+    form = jnp.zeros((0, *x.shape), x.dtype)
     adds = None if added is None else jnp.zeros(0)
-    return _product(spec, x, w, added), (x, w, adds)
+    return _product(spec, x, w, added), (x if trained else None, form, w, adds)
 
 
-def _backward(spec: str, saved: tuple[jax.Array, Weight, Any], gradient: jax.Array):
+def _backward(spec: str, saved: tuple[Any, ...], gradient: jax.Array) -> tuple[Any, ...]:
     """Compute gradients by plain products in the activations' dtype.
 
     Not every platform's form can be differentiated, and a float32 gradient would make
-    half-precision products slow. A quantized weight has no gradient; an unused gradient of a plain
-    one is not computed.
+    half-precision products slow. A frozen weight has no gradient.
     """
-    x, w, adds = saved
+    x, form, w, adds = saved
     to_added = None if adds is None else gradient
+    shape, dtype = form.shape[1:], form.dtype
+    gradient, stored = gradient.astype(dtype), w
+    if columns := _merged_columns(spec):
+        gradient = gradient.reshape(math.prod(shape[: len(shape) - columns]), -1)
+        x = None if x is None else x.reshape(len(gradient), -1)
+        w, spec = _as_matrix(w, _row_axes(spec)), _MATRICES
     operands, result = spec.split("->")
     left, right = operands.split(",")
-    gradient = gradient.astype(x.dtype)
-    weight = _as_array(spec, w, x.dtype)
+    weight = _as_array(spec, w, dtype)
+    to_x = _plain(f"{result},{right}->{left}", gradient, weight).astype(dtype).reshape(shape)
     to_w = None
-    if not isinstance(w, QTensor):
+    if x is not None:
         to_w = _plain(f"{result},{left}->{right}", gradient, x).astype(w.dtype)
-    to_x = _plain(f"{result},{right}->{left}", gradient, weight).astype(x.dtype)
+        to_w = to_w.reshape(stored.shape)
     return to_x, to_w, to_added
 
 
 _multiply = jax.custom_vjp(_product, nondiff_argnums=(0,))
-_multiply.defvjp(_forward, _backward)
+_multiply.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _summed_columns(spec: str) -> int:
@@ -89,6 +96,17 @@ def _summed_columns(spec: str) -> int:
     columns = right.removeprefix(rows)
     weight = right == rows + columns and left.endswith(columns) and not set(rows) & set(left)
     return len(columns) if weight and result == left.removesuffix(columns) + rows else 0
+
+
+def _merged_columns(spec: str) -> int:
+    """Return the same if the product is one of matrices here, else 0."""
+    # A matrix would merge axes that are cut over devices.
+    return 0 if active_mesh() else _summed_columns(spec)
+
+
+def _row_axes(spec: str) -> int:
+    """Return how many axes of a weight are not summed."""
+    return len(spec.split("->")[0].split(",")[1]) - _summed_columns(spec)
 
 
 def _as_matrix(w: Weight, rows: int) -> Weight:
@@ -103,9 +121,9 @@ def _as_array(spec: str, w: Weight, dtype: Any) -> jax.Array:
     """Return a weight with its own axes, dequantized."""
     if not isinstance(w, QTensor):
         return w
-    letters = spec.split("->")[0].split(",")[1]
-    cut = pieces(letters[-1], w.values.shape[-1], WEIGHT_RULES)
-    return dequantize_whole(w, len(letters) - _summed_columns(spec), cut).astype(dtype)
+    last = spec.split("->")[0].split(",")[1][-1]
+    cut = pieces(last, w.values.shape[-1], WEIGHT_RULES)
+    return dequantize_whole(w, _row_axes(spec), cut).astype(dtype)
 
 
 def _plain(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -93,7 +93,7 @@ def loss_sum(
     targets, learned = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.learned))
     top = {part.name: params[part.name] for part in parts_of(config) if not part.in_layers}
     top |= {name: jax.lax.stop_gradient(top[name]) for name in tables_of(config)}
-    total = _cross_entropy(config, top, x, targets, learned, jnp.float32(scale))
+    total: Any = _cross_entropy(config, top, x, targets, learned, jnp.float32(scale))
     return total, jnp.sum(learned, dtype=jnp.int32)
 
 
