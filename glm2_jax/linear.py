@@ -78,8 +78,8 @@ def _backward(spec: str, saved: tuple[Any, ...], gradient: jax.Array) -> tuple[A
     weight = _as_array(spec, w, dtype)
     to_x = _plain(f"{result},{right}->{left}", gradient, weight).astype(dtype).reshape(shape)
     to_w = None
-    if x is not None:
-        to_w = _plain(f"{result},{left}->{right}", gradient, x).astype(w.dtype)
+    if x is not None and not isinstance(stored, QTensor):
+        to_w = _plain(f"{result},{left}->{right}", gradient, x).astype(stored.dtype)
         to_w = to_w.reshape(stored.shape)
     return to_x, to_w, to_added
 

@@ -75,8 +75,8 @@ def compile_step(plan: Any, device: Any) -> Any:
     place = jax.sharding.SingleDeviceSharding(device)
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
     step = partial(train_step, plan.config, optimizer, dtype=dtype, remat=plan.remat)
-    lowered = jax.jit(step, donate_argnums=(1, 2)).lower(*args)
-    return lowered.compile(compiler_options=compiler_options(device.platform))
+    options: Any = compiler_options(device.platform)
+    return jax.jit(step, donate_argnums=(1, 2), compiler_options=options).lower(*args).compile()
 
 
 def main() -> None:

@@ -110,7 +110,7 @@ def _cross_entropy(
     belong to no layer."""
 
     def add(total: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        return total + _of_block(config, top, *block, scale), None
+        return total + _of_block(config, top, block, scale), None
 
     blocks = split_blocks(_positions(config, x), x, targets, learned)
     return jax.lax.scan(add, jnp.float32(0), blocks)[0]
@@ -128,7 +128,7 @@ def _cross_entropy_forward(config: GLMConfig, top: Any, *arrays: Any) -> tuple[j
 
     def add(total: Any, block: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         def loss(trained: Any, x: jax.Array) -> jax.Array:
-            return _of_block(config, {**values, **trained}, x, *block[1:], scale)
+            return _of_block(config, {**values, **trained}, (x, *block[1:]), scale)
 
         found, (to_trained, to_x) = jax.value_and_grad(loss, (0, 1))(trained, block[0])
         return jax.tree.map(jnp.add, total, (found, to_trained)), to_x
@@ -148,13 +148,9 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_
 
 
 def _of_block(
-    config: GLMConfig,
-    top: Any,
-    x: jax.Array,
-    targets: jax.Array,
-    learned: jax.Array,
-    scale: jax.Array,
+    config: GLMConfig, top: Any, block: tuple[jax.Array, ...], scale: jax.Array
 ) -> jax.Array:
+    x, targets, learned = block
     each = optax.softmax_cross_entropy_with_integer_labels(logits_of(config, top, x), targets)
     return scale * jnp.sum(each, where=learned)
 
