@@ -1,9 +1,9 @@
 """What a training step takes: planned, compiled, and chosen by it."""
 
 import dataclasses
+import math
 import re
 
-import jax
 import pytest
 
 from convert.loading.folder import open_folder
@@ -89,15 +89,14 @@ def test_a_step_of_an_adapter_multiplies_no_more_than_the_model_needs(platform, 
 @pytest.mark.parametrize("adapter", [ADAPTER, None])
 def test_the_loss_of_a_large_vocabulary_fits_a_small_memory(adapter):
     """No array of the program has as many elements as the logits of all positions."""
-    config = dataclasses.replace(TOY, num_layers=1, vocab_size=65024, hidden_size=64)
+    config = dataclasses.replace(TOY, num_layers=1, vocab_size=65024, num_heads=2)
     step = compile_step(on_cpu(config, 1, 2048, adapter=adapter), device("cpu"))
     logits = 2048 * config.vocab_size
-    sizes = [
-        jax.numpy.prod(jax.numpy.array([int(n) for n in shape.split(",")]))
-        for shape in set(re.findall(r"\[([\d,]+)\]", step.as_text()))
-    ]
+    shapes = set(re.findall(r"\[([\d,]+)\]", step.as_text()))
+    sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
     assert max(sizes) < logits / 3
-    assert step.memory_analysis().temp_size_in_bytes < 4 * logits
+    gradients = 0 if adapter else 4 * config.num_params
+    assert step.memory_analysis().temp_size_in_bytes - gradients < 4 * logits
 
 
 def test_frozen_weights_are_not_kept_once_more():
@@ -128,11 +127,11 @@ def test_a_dry_run_needs_neither_weights_nor_data(capsys):
 def test_a_dry_run_says_what_to_change(capsys):
     flags = ["--model", "chatglm2-6b", "--max-length", "64"]
     code, text = dry(capsys, *flags, "--device", "a100", command=full)
-    assert code == 5 and "does not fit. What fits: nothing smaller, either" in text
+    assert code == 5 and "does not fit. What fits: no smaller batch" in text
     code, text = dry(capsys, *flags, "--device", "4060", "--no-grad-checkpoint")
     assert code == 0 and "bfloat16 does not fit. What fits: --quantize-base int4" in text
     code, text = dry(capsys, *flags, "--device", "v5e-8", "--batch-size", "8")
-    assert code == 0 and "each device of data=1,fsdp=8,tensor=1 (v5e-1)" in text
+    assert code == 0 and "each device of fsdp=8 (v5e-1)" in text
     assert "bfloat16 no 1.6 GB" in text  # an eighth of the base
     with pytest.raises(UsageError, match="--device h200 needs --dry-run"):
         lora.main(["--data", "d", "--device", "h200"])
