@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from glm2_jax.cli.model_choice import (
 from glm2_jax.cli.parser import Parser, add_flags, from_flags
 from glm2_jax.errors import UsageError
 from glm2_jax.processes import join
+from infer.memory.budget import find_budget, take_gpu_share
 from infer.memory.cards import CARDS, MESHES
 from train.data.options import DataOptions
 from train.options import (
@@ -114,6 +116,7 @@ def start(
             f"--device {args.device} needs --dry-run", fix="To compute, use auto, cpu, gpu or tpu."
         )
     choose_platform(args.device)
+    take_gpu_share(find_budget(args.device), math.inf)
     with join.start(from_flags(join.Hosts, args), vars(args)):
         from train import methods
         from train.run import run

@@ -164,11 +164,12 @@ def _render(
 
 def _changes(plans: Sequence[TrainingPlan], wanted: TrainingPlan, budget: Budget) -> Iterator[str]:
     """Yield what fits instead, as flags: another precision, fewer rows, shorter rows."""
-    smaller = replace(wanted, remat=True)
-    for plan in dict.fromkeys((*plans, smaller)):
-        if _fits(plan, budget):
-            yield _flags(plan, wanted)
-            break
+    if plan := next((plan for plan in plans if _fits(plan, budget)), None):
+        yield _flags(plan, wanted)
+    fixed = [plan for plan in plans if plan.total - plan.activations <= (budget.memory or 0)]
+    if not fixed:  # whatever the rows
+        return
+    smaller = replace(wanted, remat=True, precision=fixed[0].precision)
     batches = (wanted.batch >> power for power in range(1, wanted.batch.bit_length()))
     shorter = (wanted.length >> power for power in range(1, wanted.length.bit_length() - 5))
     for choices in (
@@ -182,7 +183,9 @@ def _changes(plans: Sequence[TrainingPlan], wanted: TrainingPlan, budget: Budget
 def _flags(plan: TrainingPlan, wanted: TrainingPlan) -> str:
     """Return the flags that ask for a plan instead of the wanted one, and its total."""
     found = []
-    if plan.precision != wanted.precision:
+    if plan.precision.dtype != wanted.precision.dtype:
+        found.append(f"--dtype {plan.precision.dtype}")
+    if plan.precision.quantize != wanted.precision.quantize:
         found.append(f"--quantize-base {plan.precision.name}")
     if plan.remat and not wanted.remat:
         found.append("--grad-checkpoint")
