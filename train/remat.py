@@ -7,7 +7,6 @@ import dataclasses
 from convert.loading.folder import Folder
 from glm2_jax.cli.messages import human_size, note
 from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
-from glm2_jax.schemes import asked_scheme
 from infer.memory.budget import SPARE
 from infer.memory.precision import Precision
 from infer.memory.shortage import budget_of
@@ -42,7 +41,7 @@ def plan_of(recipe: Recipe, folder: Folder, batches: Batches, devices: Devices) 
     """Return the plan of a run on one device that keeps all activations."""
     choice, config = recipe.choice, folder.config
     stored = None if folder.scheme is None else folder.scheme.name
-    scheme = asked_scheme(choice.quantize, False, stored=stored, model=str(folder.path))
+    scheme = choice.quantize or stored
     scheme = None if scheme == "none" or recipe.adapter is None else scheme
     dtype = resolve_dtype(choice.dtype, num_params=config.num_params, device=devices.first)
     accumulate, rows = batches.shape
