@@ -134,7 +134,8 @@ class GLMBlock(nn.Module):
 
     def _mlp(self, x: jax.Array, lora: LoRA | None) -> jax.Array:
         w, key = self.weights, self._adapter_key(lora)
-        activation = ACTIVATIONS[self.config.block.mlp]
+        # The backward pass of training keeps its input alone, not what is computed on the way.
+        activation = jax.checkpoint(ACTIVATIONS[self.config.block.mlp], prevent_cse=False)
 
         def mlp(x: jax.Array, *columns: jax.Array) -> jax.Array:
             # What a column drops does not depend on its block: blocks differ between meshes.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ counted.
 Exit codes: 0 success, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device,
 130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --random chatglm2-6b --dtypes bfloat16 --quantize none,int4
-  {PROG} --random config.json --batch-size 4 --length 128 --no-grad-checkpoint --peer peft"""
+  {PROG} --random config.json --batch-size 4 --length 128 --peer peft"""
 PEER = """alternate with the same steps in peft and transformers' GlmForCausalLM, with random
 weights; needs torch and a source checkout"""
 
@@ -49,7 +49,7 @@ class Settings(options.Settings):
     target: str = flag("matrices to adapt, see train.lora", default="attn", metavar="NAMES")
     grad_checkpoint: bool = flag(
         "gradient checkpointing: recompute activations in the backward pass",
-        action=argparse.BooleanOptionalAction, default=True,
+        action=argparse.BooleanOptionalAction, default=False,
     )  # fmt: skip
 
 
@@ -59,7 +59,10 @@ def parser() -> Parser:
     options.add_options(
         result,
         Settings,
-        layout={"default": "stacked", "help": "layers stacked or in a list"},
+        layout={
+            "help": "layers stacked or in a list (default: by device, as train.lora; with "
+            "--grad-checkpoint stacked)"
+        },
         steps={"default": 1},
         peer={"choices": ("peft",), "metavar": "peft", "help": PEER},
     )
@@ -74,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from infer.bench import harness
 
     settings = from_flags(Settings, args, **values)
+    if settings.layout is None and settings.grad_checkpoint:
+        settings = replace(settings, layout=("stacked",))
     find_targets(settings.target)
     return harness.run(settings, partial(_tasks, settings))[1]
 

@@ -1,10 +1,13 @@
 """What the commands `train.lora` and `train.full` share: flags and start. Imports no jax."""
 
 import argparse
+import difflib
+import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 
-from glm2_jax.choices import QUANTIZE
+from glm2_jax.choices import DEVICES, QUANTIZE
 from glm2_jax.cli.arguments import choose_platform, path_argument
 from glm2_jax.cli.model_choice import (
     EngineOptions,
@@ -13,7 +16,10 @@ from glm2_jax.cli.model_choice import (
     add_model_options,
 )
 from glm2_jax.cli.parser import Parser, add_flags, from_flags
+from glm2_jax.errors import UsageError
 from glm2_jax.processes import join
+from infer.memory.budget import find_budget, take_gpu_share
+from infer.memory.cards import CARDS, MESHES
 from train.data.options import DataOptions
 from train.options import (
     RATE,
@@ -43,21 +49,52 @@ def make_parser(
             help="quantize the frozen base to int8 or int4 (QLoRA); none = dequantize a quantized "
             "checkpoint (default: as stored)",
         )  # fmt: skip
-    lr_help, default = {"help": RATE.format(lr)}, {"default": adapter}
-    add_flags(result, "training", TrainingOptions, lr=lr_help, grad_checkpoint=default)
+    add_flags(result, "training", TrainingOptions, lr={"help": RATE.format(lr)})
     group = result.add_argument_group("performance")
     dtype = {
         "help": "compute in this dtype, one of %(choices)s; auto = bfloat16 on TPU and GPUs that "
         "support it, float16 with loss scaling on older GPUs, float32 on CPU where it fits"
     }
-    add_flags(group, None, ModelChoice, ("dtype", "device"), dtype=dtype)
+    device = {
+        "help": f"device: {', '.join(DEVICES)}; with --dry-run also one of {', '.join(CARDS)}, or "
+        "several, such as v5e-8 or 8xh200",
+        "type": _device, "choices": None,
+    }  # fmt: skip
+    add_flags(group, None, ModelChoice, ("dtype", "device"), dtype=dtype, device=device)
     add_mesh_options(group)
     add_flags(group, None, EngineOptions, ("compile_cache",))
     add_flags(result, "evaluation", EvaluationOptions)
     add_flags(result, "output", OutputOptions, output={"default": output})
     join.add_host_options(result)
+    result.add_argument_group("memory plan").add_argument(
+        "--dry-run", action=_DryRun, nargs=0, default=False,
+        help="print the memory that the run would take on --device, which need not be here, and "
+        "what fits; --model may also be a published name or a config.json. No weights and no data "
+        "are read. Exit code 5 if nothing fits",
+    )  # fmt: skip
     result.add_common()
     return result
+
+
+class _DryRun(argparse.Action):
+    """Stores that nothing is trained, for which no data is needed."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, True)
+        for action in parser._actions:
+            action.required = False
+
+
+def _device(text: str) -> str:
+    """Parse a device, or several that are only planned for, for argparse."""
+    name = text.lower()
+    if name in DEVICES or name in CARDS or re.fullmatch(MESHES, name):
+        return name
+    near = difflib.get_close_matches(name, (*DEVICES, *CARDS), n=1)
+    guess = f" (did you mean {near[0]}?)" if near else ""
+    raise argparse.ArgumentTypeError(
+        f"unknown device {text[:40]!r}{guess}; known: {', '.join((*DEVICES, *CARDS))}"
+    )
 
 
 def start(
@@ -69,7 +106,17 @@ def start(
     """Parse the flags, train by a class of `train.methods`, and return the exit code; raises
     GLMError for what the user can fix."""
     args = parse(parser, sys.argv[1:] if argv is None else argv)
+    if args.dry_run:
+        choose_platform("cpu")
+        from train import dry_run
+
+        return dry_run.run(make_recipe(args))
+    if args.device not in DEVICES:
+        raise UsageError(
+            f"--device {args.device} needs --dry-run", fix="To compute, use auto, cpu, gpu or tpu."
+        )
     choose_platform(args.device)
+    take_gpu_share(find_budget(args.device), math.inf)
     with join.start(from_flags(join.Hosts, args), vars(args)):
         from train import methods
         from train.run import run

@@ -20,11 +20,10 @@ from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.errors import UsageError
 from glm2_jax.lora import LoRA, find_targets, init_lora
 from glm2_jax.processes import join
-from glm2_jax.runtime.devices import faster_layers
 from glm2_jax.runtime.dtypes import resolve_dtype
 from glm2_jax.runtime.gather import gathered
 from glm2_jax.sharding import lora_sharding
-from train.devices import Devices
+from train.devices import Devices, layers_to_train
 from train.recipe import AdapterOptions, Recipe
 from train.run_folder.folder import MODEL
 
@@ -66,7 +65,10 @@ class AdapterMethod(Method):
 
     def __init__(self, folder: Folder, recipe: Recipe, devices: Devices, progress: Progress):
         adapter = _first_adapter(folder, recipe)
-        layers = faster_layers(devices.first.platform, on_mesh=devices.mesh is not None)
+        remat = recipe.training.grad_checkpoint
+        layers = layers_to_train(
+            devices.first.platform, on_mesh=devices.mesh is not None, remat=bool(remat)
+        )
         choice = dataclasses.replace(recipe.choice, layers=layers)
         checkpoint = _load(folder, choice, devices, progress)
         self.base, self.dtype = checkpoint.params, None

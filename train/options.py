@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from glm2_jax.cli.arguments import above_zero, number, path_argument, positive, whole
 from glm2_jax.cli.files import BUCKET, refuse_url
@@ -57,7 +58,7 @@ class AdapterOptions:
     )
 
 
-NEW_ADAPTER = {"rank": 8, "alpha": 32, "target": "attn", "rslora": False}
+NEW_ADAPTER: dict[str, Any] = {"rank": 8, "alpha": 32, "target": "attn", "rslora": False}
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ class TrainingOptions:
         "if loss or gradient is NaN or infinite: abort the run, or skip the step",
         choices=NAN_POLICIES, default="abort",
     )  # fmt: skip
-    grad_checkpoint: bool = flag(
-        "gradient checkpointing: recompute activations in the backward pass to save memory",
+    grad_checkpoint: bool | None = flag(
+        "gradient checkpointing: recompute activations in the backward pass to save memory "
+        "(default: only where they do not fit the memory; on a mesh: for an adapter)",
         action=argparse.BooleanOptionalAction,
     )
 

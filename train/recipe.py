@@ -25,7 +25,7 @@ from train.options import AdapterOptions, EvaluationOptions, OutputOptions, Trai
 
 _LONGEST = 100_000  # characters; PyYAML takes seconds for that many
 _NOT_SETTINGS = (
-    "config", "help", "version", "debug",
+    "config", "help", "version", "debug", "dry_run",
     # Flags of a process, not of its result.
     "coordinator", "num_processes", "process_id", "join_timeout", "heartbeat_timeout",
 )  # fmt: skip

@@ -35,6 +35,7 @@ from train.methods import Method
 from train.optim import Numbers, make_schedule
 from train.options import TrainingOptions
 from train.recipe import Recipe
+from train.remat import choose_remat
 from train.run_folder.checkpoints import Checkpoints
 from train.run_folder.folder import RunFolder
 from train.run_folder.log import Log, cut_log, draw, losses, read_log
@@ -65,6 +66,7 @@ def run(recipe: Recipe, make_method: MakeMethod) -> int:
     devices = Devices(first, mesh)
     learned, sets = _split(recipe, folder, dataset)
     recipe, batches, total = _plan(recipe, learned, devices, folder.config.hidden_size)
+    recipe = choose_remat(recipe, folder, batches, devices)
     identity = _identity(recipe, folder, dataset, sets)
     join.compare(
         {
@@ -253,7 +255,7 @@ def _compiling_step(
     step = make_step(
         method.checkpoint.config,
         dtype=method.dtype,
-        remat=recipe.training.grad_checkpoint,
+        remat=bool(recipe.training.grad_checkpoint),
         effective=method.effective,
         out_shardings=devices.shardings(*state),
     )

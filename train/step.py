@@ -5,7 +5,7 @@ Axis letters as in `glm2_jax.model`; A is the number of micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from glm2_jax import GLMConfig, LoRA, compiler_options
-from glm2_jax.chunked import map_blocks
+from glm2_jax.chunked import join_blocks, split_blocks
 from glm2_jax.model import hidden, logits_of
+from glm2_jax.parts import parts_of, tables_of
 from train.data.batch import Batch
 from train.optim import Numbers
 
@@ -70,16 +71,17 @@ def loss_sum(
     lora: LoRA | None,
     batch: Batch,
     *,
+    scale: jax.typing.ArrayLike = 1.0,
     dropout_key: jax.Array | None = None,
     noise: jax.Array | None = None,
     remat: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the cross entropy of a micro-batch [B, T], summed over its learned tokens, and their
-    number (float32, int32); `noise` [B, T, D] is added to the embeddings.
+    """Return the cross entropy of a micro-batch [B, T], summed over its learned tokens and times
+    `scale`, and their number (float32, int32); `noise` [B, T, D] is added to the embeddings.
 
     Token t is predicted from position t - 1 of its own sequence; the first token of a sequence has
-    no position before it and must not be learned. Logits exist for a few positions at a time, also
-    in the backward pass.
+    no position before it and must not be learned. Logits exist for a few positions at a time, once:
+    their gradient is taken with the loss.
     """
     # With blanks the model finds the positions in the tokens.
     given = None if config.block.bidirectional else batch.positions
@@ -87,18 +89,75 @@ def loss_sum(
         config, params, batch.tokens, positions=given, segment_ids=batch.segment_ids,
         lora=lora, dropout_key=dropout_key, noise=noise, remat=remat,
     )  # fmt: skip
-
-    def losses(x: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = logits_of(config, params, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-
     # [B, T]: what follows at each position; zero (or False) at the end.
     targets, learned = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.learned))
-    positions = max(1, LOGITS // (x.shape[0] * config.vocab_size))
-    if positions < x.shape[1]:  # or the backward pass would keep the logits of all chunks
-        losses = jax.checkpoint(losses)
-    each = map_blocks(losses, positions, x, targets)
-    return jnp.sum(each, where=learned), jnp.sum(learned, dtype=jnp.int32)
+    top = {part.name: params[part.name] for part in parts_of(config) if not part.in_layers}
+    top |= {name: jax.lax.stop_gradient(top[name]) for name in tables_of(config)}
+    total: Any = _cross_entropy(config, top, x, targets, learned, jnp.float32(scale))
+    return total, jnp.sum(learned, dtype=jnp.int32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(
+    config: GLMConfig,
+    top: Mapping[str, Any],
+    x: jax.Array,
+    targets: jax.Array,
+    learned: jax.Array,
+    scale: jax.Array,
+) -> jax.Array:
+    """Return the sum of `loss_sum` from hidden states [B, T, D]; `top` are the parameters that
+    belong to no layer."""
+
+    def add(total: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        return total + _of_block(config, top, block, scale), None
+
+    blocks = split_blocks(_positions(config, x), x, targets, learned)
+    return jax.lax.scan(add, jnp.float32(0), blocks)[0]
+
+
+def _cross_entropy_forward(config: GLMConfig, top: Any, *arrays: Any) -> tuple[jax.Array, Any]:
+    """Return the sum and its gradients by the hidden states and what is trained of `top`; the
+    gradient by the sum only multiplies them."""
+    x, targets, learned, scale = (one.value for one in arrays)
+    values = jax.tree.map(lambda one: one.value, top)
+    trained = {
+        name: values[name] for name, part in top.items()
+        if any(one.perturbed for one in jax.tree.leaves(part))
+    }  # fmt: skip
+
+    def add(total: Any, block: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        def loss(trained: Any, x: jax.Array) -> jax.Array:
+            return _of_block(config, {**values, **trained}, (x, *block[1:]), scale)
+
+        found, (to_trained, to_x) = jax.value_and_grad(loss, (0, 1))(trained, block[0])
+        return jax.tree.map(jnp.add, total, (found, to_trained)), to_x
+
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), trained))
+    blocks = split_blocks(_positions(config, x), x, targets, learned)
+    (total, to_trained), to_x = jax.lax.scan(add, zeros, blocks)
+    return total, ({name: to_trained.get(name) for name in top}, join_blocks(to_x, x.shape[1]))
+
+
+def _cross_entropy_backward(config: GLMConfig, saved: Any, gradient: jax.Array) -> tuple[Any, ...]:
+    to_top, to_x = jax.tree.map(lambda x: (x * gradient).astype(x.dtype), saved)
+    return to_top, to_x, None, None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
+
+
+def _of_block(
+    config: GLMConfig, top: Any, block: tuple[jax.Array, ...], scale: jax.Array
+) -> jax.Array:
+    x, targets, learned = block
+    each = optax.softmax_cross_entropy_with_integer_labels(logits_of(config, top, x), targets)
+    return scale * jnp.sum(each, where=learned)
+
+
+def _positions(config: GLMConfig, x: jax.Array) -> int:
+    """Return how many positions of [B, T, D] have their logits in memory at a time."""
+    return max(1, LOGITS // (x.shape[0] * config.vocab_size))
 
 
 def make_eval(config: GLMConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -180,8 +239,9 @@ def train_step(
         total, _ = loss_sum(
             config, params, lora, rows, dropout_key=dropout_key if rate > 0 else None,
             noise=None if noise is None else _noise(config, rows, noise, noise_key), remat=remat,
+            scale=scale / jnp.maximum(learned, 1),
         )  # fmt: skip
-        return total * (scale / jnp.maximum(learned, 1))
+        return total
 
     def add(total: Any, rows_and_index: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         rows, index = rows_and_index

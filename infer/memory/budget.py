@@ -257,13 +257,20 @@ def advice(near: Sequence[Plan], plan: Plan, stored: str | None) -> str:
 def set_gpu_share(
     budget: Budget, plan: Plan, environment: MutableMapping[str, str] = os.environ
 ) -> None:
-    """Have jax take what the plan needs of a GPU, and not three quarters of it, unless the user has
-    set something; before jax starts."""
+    """Have jax take what the plan needs of a GPU, see `take_gpu_share`."""
+    take_gpu_share(budget, max((plan.total - plan.runtime) * SPARE, 1e9), environment)
+
+
+def take_gpu_share(
+    budget: Budget, needed: float, environment: MutableMapping[str, str] = os.environ
+) -> None:
+    """Have jax take these bytes of a GPU, or all that may be taken, and not three quarters of it,
+    unless the user has set something; before jax starts."""
     gpu = budget.present
     if gpu is None or not gpu.total or any(name in environment for name in SHARE_VARIABLES):
         return
     most = min(gpu.total * GPU_SHARE, gpu.free)
     if budget.limited and budget.memory is not None:
         most = min(most, budget.memory)
-    share = min(max((plan.total - plan.runtime) * SPARE, 1e9), most) / gpu.total
+    share = min(needed, most) / gpu.total
     environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{int(share * 1000) / 1000:.3f}"

@@ -82,20 +82,28 @@ def ask(plan: Plan, name: str, memory: int | None) -> Verdict:
         fits = memory is None or max(peak.values()) <= memory
     elif "RESOURCE_EXHAUSTED" in problem:
         fits = False
-    # The first sentence without the codes ("RESOURCE_EXHAUSTED: E1000: Oom: ").
+    return Verdict(plan, peak.get("step"), peak.get("prompt"), first_sentence(problem), fits)
+
+
+def first_sentence(problem: str) -> str:
+    """Return it without the codes of a compiler's message ("RESOURCE_EXHAUSTED: E1000: Oom: ")."""
     words = (problem.splitlines() or [""])[0].split(": ")
     while len(words) > 1 and " " not in words[0]:
         words.pop(0)
-    said = ": ".join(words).split(". ")[0].removesuffix(".")
-    return Verdict(plan, peak.get("step"), peak.get("prompt"), said, fits)
+    return ": ".join(words).split(". ")[0].removesuffix(".")
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the answer of the other process; {"error": text} where it gave none."""
+    return run_apart(_MODULE, request)
+
+
+def run_apart(module: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer of another process, which runs a module of ours; {"error": text} where it
+    gave none."""
     # Without -P, and this path in front, a folder `infer` of the user's would be imported.
     paths = [_INSTALLED, *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-P", "-m", _MODULE],
+        [sys.executable, "-P", "-m", module],
         input=json.dumps(request),
         env=os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
@@ -141,20 +149,23 @@ def peak_bytes(
     return memory.peak_memory_in_bytes
 
 
+def absent_device(topology: str, platform: str) -> Any:
+    """Return a device to compile for that need not be here."""
+    from jax.experimental import topologies
+
+    bounds = (1, 1, 1)  # older versions of libtpu assume four chips
+    return topologies.get_topology_desc(topology, platform, chips_per_host_bounds=bounds).devices[0]
+
+
 def main() -> None:
     """Answer the request on standard input: {"peak": {program: bytes}} and, where one failed,
     {"error": text}; both are JSON."""
     import jax
-    from jax.experimental import topologies
 
     request, peak = json.load(sys.stdin), {}
     config = GLMConfig(**request["config"])
     precision = Precision(request["dtype"], request["quantize"])
-    device = topologies.get_topology_desc(
-        request["topology"],
-        request["platform"],
-        chips_per_host_bounds=(1, 1, 1),  # older versions of libtpu assume four chips
-    ).devices[0]
+    device = absent_device(request["topology"], request["platform"])
     answer: dict[str, Any] = {"peak": peak}
     try:
         for name, width in request["programs"].items():

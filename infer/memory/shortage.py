@@ -66,15 +66,19 @@ def when_loading(
     return _shortage(device, mesh, stored, found.config, precision, tokens, prefix=prefix)
 
 
+def budget_of(device: Any) -> Budget:
+    """Return the budget of a device of jax: what this process may take there in all."""
+    if device.platform == "cpu":
+        return Budget("this processor", "cpu", find_memory(own=True).usable)
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return Budget(device.device_kind, device.platform, limit)
+
+
 def _shortage(
     device: Any, mesh: Mesh | None, stored: str | None, *plan_of: Any, **options: Any
 ) -> Shortage:
-    if device.platform == "cpu":
-        budget = Budget("this processor", "cpu", find_memory(own=True).usable)
-        budget = budget if mesh is None else shared(budget, len(mesh.local_devices))
-    else:  # what jax may take there in all
-        limit = (device.memory_stats() or {}).get("bytes_limit")
-        budget = Budget(device.device_kind, device.platform, limit)
+    budget = budget_of(device)
+    budget = budget if mesh is None else shared(budget, len(mesh.local_devices))
     sizes = None if mesh is None else sizes_of(mesh.shape)
     plan = Plan(*plan_of, platform=budget.platform, mesh=sizes, **options)
     # It did not fit, whatever the plan says: suggest something smaller in any case.

@@ -1,4 +1,4 @@
-"""Finds the collectives in the text of a compiled program."""
+"""Finds the collectives and the matrix products in the text of a compiled program."""
 
 import math
 import re
@@ -10,7 +10,9 @@ _RESULTS = re.compile(
 )
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 _HEADER = re.compile(r"(ENTRY )?%?(\S+) \(.*\{$")
-_CALLED = re.compile(r"(body|calls|to_apply|branch_computations)=(\{[^}]*\}|[^\s,]+)")
+_SHAPE = re.compile(r"%?(\S+) = \S*?\[([\d,]*)\]")
+_DOT = re.compile(r" = \S*?\[([\d,]*)\]\S* dot\(%?([^\s,)]+),.*?lhs_contracting_dims=\{([\d,]*)\}")
+_CALLED = re.compile(r"(body|calls|to_apply|\w+_computations?)=(\{[^}]*\}|[^\s,]+)")
 _COUNT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 # XLA:TPU of libtpu 0.0.52 cannot write down a program that fetches rows of the embedding by the
 # chip's SparseCore, as a v5p does for many tokens. Without that the rest is the same.
@@ -44,12 +46,7 @@ class Collective(NamedTuple):
 
 def collectives(text: str) -> list[Collective]:
     """The collectives of a program."""
-    computations: Computations = {"": []}
-    where = ""
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            where = "" if header[1] else header[2]
-        computations.setdefault(where, []).append(line)
+    computations = _computations(text)
     places, found = _places(computations), {}
     for name, lines in computations.items():
         for number, line in enumerate(lines):
@@ -67,6 +64,31 @@ def collectives(text: str) -> list[Collective]:
             # A TPU makes steps of one collective, fused with what it does meanwhile.
             found.setdefault(channel[1] if channel else (name, number), one)
     return list(found.values())
+
+
+def operations(text: str) -> int:
+    """The operations of all matrix products, 2 for each multiply-add, in all times that they run;
+    those of a branch count as if it were taken."""
+    computations, total = _computations(text), 0
+    places = _places(computations)
+    for name, lines in computations.items():
+        shapes = {found[1]: found[2] for line in lines if (found := _SHAPE.search(line))}
+        for line in lines:
+            if dot := _DOT.search(line):
+                summed = shapes[dot[2]].split(",")
+                summed = [summed[int(axis)] for axis in dot[3].split(",") if axis]
+                total += 2 * _product([*dot[1].split(","), *summed]) * places[name][1]
+    return total
+
+
+def _computations(text: str) -> Computations:
+    computations: Computations = {"": []}
+    where = ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            where = "" if header[1] else header[2]
+        computations.setdefault(where, []).append(line)
+    return computations
 
 
 def kinds(found: list[Collective], looped: bool) -> dict[str, int]:

@@ -75,7 +75,7 @@ def test_no_flag_is_left_out_of_a_recipe(parser):
     names |= {*others.split(), "quantize_base", "compile_cache"}
     processes = {"coordinator", "num_processes", "process_id", "join_timeout", "heartbeat_timeout"}
     flags = {action.dest for action in parser._actions}
-    assert names == flags - processes - {"help", "version", "debug", "config"}
+    assert names == flags - processes - {"help", "version", "debug", "config", "dry_run"}
 
 
 def test_the_identity_is_what_parameters_depend_on():

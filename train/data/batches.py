@@ -48,6 +48,12 @@ class Batches:
         self._rows_per_step = accumulate * batch_size
         self._planned: tuple[int, Plan] | None = None
 
+    @property
+    def width(self) -> int:
+        """The most tokens that a row has, with padding."""
+        limit = self.dataset.max_length
+        return limit if self.pack else bucket(int(max(self.dataset.lengths)), limit)
+
     def steps_per_epoch(self, epoch: int) -> int:
         """Return the number of steps of an epoch; with packing, epochs may differ."""
         return -(-(len(self._plan(epoch).starts) - 1) // self._rows_per_step)

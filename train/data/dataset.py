@@ -16,6 +16,7 @@ import numpy as np
 from convert.loading.folder import Folder
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.text_input import parse_object
+from glm2_jax.config import GLMConfig
 from glm2_jax.errors import InputError, UsageError
 from infer.datasets.encode import Encoder
 from infer.datasets.formats import Message, read_messages
@@ -199,15 +200,21 @@ class Dataset:
                 note(f"general sequences in an epoch: {count}, drawn from {stop - start}")
 
 
+def longest_row(options: DataOptions, config: GLMConfig) -> int:
+    """Return the most tokens that a row may have; UsageError for more than the model can have."""
+    longest = config.context_limit
+    max_length = options.max_length or min(MAX_LENGTH, config.seq_length)
+    if max_length > longest:
+        raise UsageError(f"--max-length {max_length} is more than the {longest} of the model.")
+    return max_length
+
+
 def open_dataset(options: DataOptions, folder: Folder, other: str | None = None) -> Dataset:
     """Open the dataset that the flags name, or `other`, such as `--val-data`, for a model.
 
     Raises UsageError where flags contradict each other or the model, else as `Dataset`.
     """
-    trained, longest = folder.config.seq_length, folder.config.context_limit
-    max_length = options.max_length or min(MAX_LENGTH, trained)
-    if max_length > longest:
-        raise UsageError(f"--max-length {max_length} is more than the {longest} of the model.")
+    trained, max_length = folder.config.seq_length, longest_row(options, folder.config)
     if max_length > trained and other is None:
         note(f"warning: --max-length {max_length} is beyond {trained}, the length of its training")
     if options.mix_ratio is not None and options.mix_data is None:

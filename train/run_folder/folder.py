@@ -26,6 +26,16 @@ SEEN = ".seen"  # the first process makes it in a folder for a moment
 _IDENTITY, _NEW, _LOCK, _RECIPE = "run.json", "run.json.new", ".lock", "recipe.yml"
 
 
+def recorded(path: str | Path, name: str) -> Any:
+    """Return a setting that the run in a folder of checkpoints was begun with; None where there is
+    no run, or none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        folder = absolute(path)
+        if _holds_steps(folder / "state"):
+            return json.loads((folder / _IDENTITY).read_text()).get(name)
+    return None
+
+
 class RunFolder:
     """The output folder of one run, made if it is missing, locked while it is open. A context
     manager.

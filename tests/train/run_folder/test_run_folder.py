@@ -23,7 +23,7 @@ from glm2_jax.processes import join
 from train import lora
 from train.options import checkpoint_place
 from train.run_folder.checkpoints import Checkpoints
-from train.run_folder.folder import RunFolder, check_shared
+from train.run_folder.folder import RunFolder, check_shared, recorded
 from train.run_folder.log import Log, cut_log, read_log
 
 RUN = {"command": "train.lora", "base": "abc", "lr": 0.1}
@@ -38,6 +38,17 @@ def begun(path, place=None) -> RunFolder:
         folder.begin({"lr": 0.1})
         (folder.state / "3").mkdir(parents=True)
     return folder
+
+
+def test_a_setting_is_known_of_a_run_that_can_be_resumed_alone(tmp_path):
+    assert recorded(tmp_path / "none", "lr") is None
+    with opened(tmp_path / "a") as folder:
+        folder.begin({})
+    assert recorded(tmp_path / "a", "lr") is None  # no checkpoint
+    begun(tmp_path / "a")
+    assert (recorded(tmp_path / "a", "lr"), recorded(tmp_path / "a", "--pack")) == (0.1, None)
+    (tmp_path / "a" / "run.json").write_text("{")
+    assert recorded(tmp_path / "a", "lr") is None
 
 
 def test_a_run_is_neither_overwritten_nor_changed(tmp_path):
