@@ -145,6 +145,7 @@ def _print(settings: Settings, key: dict[str, Any], tuned: Tuned) -> None:
         )
         rows.append((what, choice.usual, choice.name, usual, best, f"{choice.gain:.2f}"))
     print("\n".join(table(rows, 3)))
+    print(f"layers: {tuned.layers}")
     for what, choice in tuned.measured:
         for name, why in choice.refused.items():
             print(f"refused: {what}, {name}: {why}")

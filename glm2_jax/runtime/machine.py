@@ -218,6 +218,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def load_average() -> float:
+    """Return how many programs wanted to run in the last minute; 0 = the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
 def vector_units() -> str:
     """Return what the processor can compute in vectors, as far as it decides which form is fast."""
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", read_text(Path("/proc/cpuinfo")), re.M)

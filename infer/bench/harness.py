@@ -23,7 +23,7 @@ from glm2_jax.cli.tables import columns
 from glm2_jax.escape import json_line
 from glm2_jax.runtime.devices import faster_layers, find_device, find_mesh
 from infer.bench.ceilings import Ceilings, measure_ceilings
-from infer.bench.host import load_average
+from infer.bench.host import load_text
 from infer.bench.options import Settings
 from infer.bench.peer import Peer, PeerError, missing
 from infer.bench.report import Report, Result, as_json, render
@@ -95,7 +95,7 @@ def _measure(settings: Settings, subject: Subject, tasks: Tasks, report: Report)
             gc.collect()  # before the next parameters are made
     # Once more: more than 100 per cent would only mean that the machine was busy at first.
     report.ceilings = report.ceilings.better(ceilings_of(device, mesh))
-    report.about["load average"] += f", {load_average()} at the end"
+    report.about["load average"] += f", {load_text()} at the end"
 
 
 def ceilings_of(device: Any, mesh: Mesh | None) -> Ceilings:

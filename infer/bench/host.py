@@ -4,7 +4,7 @@ import os
 
 from glm2_jax.cli.messages import human_size
 from glm2_jax.runtime.host_memory import find_memory
-from glm2_jax.runtime.machine import cores, processor
+from glm2_jax.runtime.machine import cores, load_average, processor
 
 
 def describe_host() -> str:
@@ -13,6 +13,6 @@ def describe_host() -> str:
     return f"{processor()}, {cores()} cores" + (f", {human_size(memory)}" if memory else "")
 
 
-def load_average() -> str:
+def load_text() -> str:
     """Return the load of this machine in the last minute."""
-    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    return f"{load_average():.1f}" if hasattr(os, "getloadavg") else "unknown"

@@ -21,7 +21,7 @@ from glm2_jax.runtime.machine import describe_device, describe_software
 from glm2_jax.schemes import SCHEMES
 from glm2_jax.sharding import check_mesh
 from infer import startup
-from infer.bench.host import describe_host, load_average
+from infer.bench.host import describe_host, load_text
 from infer.bench.options import Settings
 from infer.engine.load import demo_folder, load
 from infer.memory.precision import Precision
@@ -114,7 +114,7 @@ class Subject:
             "host": describe_host(),
             "versions": describe_software(),
             "repetitions": f"{self.settings.repeat}, of {self.settings.steps} steps",
-            "load average": f"{load_average()} at the start",
+            "load average": f"{load_text()} at the start",
             "command": self.settings.command,
         }
 

@@ -14,14 +14,16 @@ from glm2_jax.errors import CheckpointError
 from glm2_jax.forms import Forms
 from glm2_jax.runtime.devices import faster_layers
 from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
-from infer.memory.plan import weight_bytes
+from glm2_jax.runtime.machine import cores, load_average
 from infer.memory.precision import Precision
 from infer.tuning import store
 from infer.tuning.measure import Tuned, tune
 
 AUTO, OFF = "auto", "off"
-# Below this, in bytes of weights, a step takes less than starting its program.
-_SMALL = 2**26
+# With fewer parameters, there is nothing worth waiting for.
+_SMALL = 10**8
+# A machine that has so many times as much to do as it has cores measures nothing but that.
+_BUSY = 2
 # A narrower dtype has to be so much faster before it is preferred.
 _FASTER = 0.9
 
@@ -61,7 +63,7 @@ def find_forms(
         for precision in precisions
     }
     best, narrow, wide = first, found[names[-1]].seconds, found[first].seconds
-    if narrow < _FASTER * wide:
+    if 0 < narrow < _FASTER * wide:
         best = names[-1]
         if note is not None:
             note(
@@ -86,13 +88,16 @@ def known(
 ) -> Tuned:
     """Return what was measured for steps of so many rows, or measure it, see `find_forms`; nothing
     for a model that is too small to gain by it."""
-    if weight_bytes(config, precision) < _SMALL:
+    if config.num_params < _SMALL:
         return Tuned()
     key = store.key_of(config, precision, device)
     found = store.find(key)
     if found is not None and set(rows) <= set(found.rows):
         return found
     if note is None:
+        return found or Tuned()
+    if (load := load_average()) > _BUSY * cores():
+        note(f"the forms are not measured: this machine is busy (load {load:.1f})")
         return found or Tuned()
     rows = sorted({*rows, *(found.rows if found else ())})
     note(

@@ -14,7 +14,8 @@ import numpy as np
 Run = Callable[[], Any]  # computes it once and returns arrays, of which the first is compared
 Clock = Callable[[str, Run], float]  # returns the seconds of a run of that name
 
-ROUNDS, SECONDS = 15, 0.4  # at most; at least three rounds
+ROUNDS, SECONDS = 15, 0.4  # at most; at least `_LEAST` rounds
+_LEAST = 5
 _GAIN = 0.97  # less is not worth another form than the usual one
 _HOPELESS = 1.5  # times as long as the best: not timed any more
 
@@ -26,7 +27,7 @@ class Choice:
     Attributes:
         name: the form that was chosen.
         usual: the one that is used without measuring.
-        seconds: of each form that was timed, the median.
+        seconds: of each form that was timed, the best turn: other work can only make it longer.
         refused: why a form is out of the question: it failed, or computed something else.
     """
 
@@ -77,7 +78,7 @@ def choose(
     if usual not in runs:
         return Choice(usual, usual, {}, refused)
     times = _take_turns(runs, clock)
-    seconds = {name: statistics.median(found) for name, found in times.items()}
+    seconds = {name: min(found) for name, found in times.items()}
     best = min(seconds, key=seconds.__getitem__)
     if not _is_faster(times[best], times[usual]):
         best = usual
@@ -102,7 +103,7 @@ def _take_turns(runs: Mapping[str, Run], clock: Clock) -> dict[str, list[float]]
         for name, run in going.items():
             times[name].append(clock(name, run))
             used += times[name][-1]
-        if turn >= 2:
+        if turn + 1 >= _LEAST:
             best = min(min(found) for found in times.values())
             going = {n: run for n, run in going.items() if min(times[n]) <= _HOPELESS * best}
             if used > SECONDS * len(runs):
@@ -111,10 +112,10 @@ def _take_turns(runs: Mapping[str, Run], clock: Clock) -> dict[str, list[float]]
 
 
 def _is_faster(times: list[float], usual: list[float]) -> bool:
-    """Return whether the first is faster by more than the noise: in the median, and in nearly every
-    turn that both took."""
+    """Return whether the first is faster by more than the noise: in the best turn, in the median,
+    and in nearly every turn that both took."""
     pairs = list(zip(times, usual, strict=False))
     wins = sum(one < other for one, other in pairs)
-    return wins >= 0.8 * len(pairs) and (
-        statistics.median(times) < _GAIN * statistics.median(usual)
+    return wins >= 0.8 * len(pairs) and all(
+        of(times) < _GAIN * of(usual) for of in (min, statistics.median)
     )

@@ -101,6 +101,7 @@ def tune(
             best_layers = best_layers or step.name.split()[-1]
             if step.name.startswith(USUAL):  # what is faster alone was not faster together
                 forms = _without(forms, count)
+        note(f"layers: {best_layers}, as for steps of {max(rows)}")
     return Tuned(forms, tuple(sorted(rows)), best_layers, seconds, tuple(found))
 
 

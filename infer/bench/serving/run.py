@@ -22,7 +22,7 @@ from glm2_jax.errors import InputError
 from glm2_jax.escape import json_line
 from glm2_jax.runtime.machine import describe_software
 from infer import startup
-from infer.bench.host import describe_host, load_average
+from infer.bench.host import describe_host, load_text
 from infer.bench.options import BenchSettings
 from infer.bench.serving import plot, servers
 from infer.bench.serving.client import Outcome, Target
@@ -44,7 +44,7 @@ def run(settings: BenchSettings, load: LoadSettings) -> int:
         require_file_place(settings.plot)
     about = {
         "model": "", "host": describe_host(), "versions": describe_software(),
-        "traffic": _describe(load), "load average": f"{load_average()} at the start",
+        "traffic": _describe(load), "load average": f"{load_text()} at the start",
         "command": settings.command,
     }  # fmt: skip
     report = Report(about, load.slo_ttft_ms / 1e3, load.slo_itl_ms / 1e3)
@@ -59,7 +59,7 @@ def run(settings: BenchSettings, load: LoadSettings) -> int:
         stack.enter_context(interrupt.always(print_report))
         found = _open(settings, load, report, stack)
         asyncio.run(_measure(found, load, report))
-        about["load average"] += f", {load_average()} at the end"
+        about["load average"] += f", {load_text()} at the end"
         report.complete = True
     if settings.plot:
         plot.draw(report, settings.plot)

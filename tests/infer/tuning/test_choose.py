@@ -74,6 +74,7 @@ def test_a_wrong_or_failing_form_is_reported_and_never_chosen():
     [
         itertools.cycle([1.0, 0.99]),  # a gain that is not worth it
         itertools.cycle([1.0, 0.2, 0.2, 1.0, 1.0, 1.2]),  # faster in a third of the turns
+        itertools.chain([1.0, 0.5, 9.0, 0.8] + [9.0, 0.9] * 2, itertools.cycle([0.5, 0.5])),
     ],
 )
 def test_noise_is_no_reason_to_leave_the_usual_form(times):
@@ -223,6 +224,8 @@ class Asked:
     def __init__(self, monkeypatch, seconds):
         self.config, self.scheme, self.path, self.count = TOY, None, "toy", 0
         monkeypatch.setattr(automatic, "tune", self.tune)
+        monkeypatch.setattr(automatic, "load_average", lambda: self.load)
+        self.load = 0.0
         self.seconds = seconds
 
     def tune(self, config, precision, rows, device, **more):
@@ -244,6 +247,9 @@ def test_a_model_is_measured_at_its_first_start_and_never_again(tmp_path, monkey
     assert find()[1] == Forms() and folder.count == 0  # too small to gain anything
     monkeypatch.setattr(automatic, "_SMALL", 0)
     assert find(tuned="off")[1] == find(note=None)[1] == Forms() and folder.count == 0
+    folder.load = 1e6
+    assert find()[1] == Forms() and folder.count == 0 and "load 1000000.0" in lines.pop()
+    folder.load = 0.0
     choice, forms = find()
     assert forms != Forms() and (choice.dtype, choice.layers) == ("float32", "stacked")
     assert find() == find(note=None) == (choice, forms) and folder.rows == (1,)
