@@ -92,7 +92,9 @@ def _precision(params: Any) -> Precision:
     if not isinstance(weight, QTensor):
         return Precision(dtype)
     grouped = weight.scale.ndim > weight.values.ndim - COLUMN_AXES["q"]
-    form = weight.bits, grouped, isinstance(params["embed"], QTensor)
+    columns = weight.values.shape[-1] * 8 // weight.bits
+    group = columns // weight.scale.shape[-1] if grouped else None
+    form = weight.bits, group, isinstance(params["embed"], QTensor)
     schemes = SCHEMES.values()
-    name = next(s.name for s in schemes if (s.bits, s.grouped, s.embeddings) == form)
+    name = next(s.name for s in schemes if (s.bits, s.group(columns), s.embeddings) == form)
     return Precision(dtype, name)
