@@ -115,11 +115,11 @@ class Layer:
         self.weights[name] = rounded.floats().reshape(self.weights[name].shape)
 
     def _inputs(self, name: str, batches: Batches) -> Inputs:
-        total, count = None, 0
+        C, count = self._matrix(name).shape[1], 0
+        total = Inputs(jnp.zeros((C, C)), jnp.zeros(C))
         for x, tokens in batches:
             total = _add(self.config, name, self.weights, x, tokens, total)
             count += tokens.size
-        assert total is not None
         return jax.tree.map(lambda x: x / count, total)
 
     def _fold(self, name: str, weight: jax.Array, inputs: Inputs, form: Form) -> jax.Array:
@@ -198,7 +198,7 @@ def _outputs(config: GLMConfig, weights, x, tokens) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _add(config: GLMConfig, name: str, weights, x, tokens, total: Inputs | None) -> Inputs:
+def _add(config: GLMConfig, name: str, weights, x, tokens, total: Inputs) -> Inputs:
     """Add up the inputs of the products of a step; what they do not depend on is not computed."""
     _, kept = _run(config, weights, x, tokens)
     if name == "o":
@@ -210,5 +210,5 @@ def _add(config: GLMConfig, name: str, weights, x, tokens, total: Inputs | None)
         both = einsum("BTD,CFD->BTCF", found, weights["gate_up"])
         found = ACTIVATIONS[config.block.mlp](biased(both, weights.get("gate_up_bias")))
     found = found.reshape(tokens.size, -1)
-    new = Inputs(dot(found.T, found), jnp.abs(found).sum(axis=0))
-    return new if total is None else jax.tree.map(jnp.add, total, new)
+    moment, magnitude = total
+    return Inputs(moment + dot(found.T, found), magnitude + jnp.abs(found).sum(axis=0))
