@@ -48,6 +48,13 @@ def build_parser() -> Parser:
         help="quantize embedding and head, too, to the nearest integers of 4 bits",
     )  # fmt: skip
     options.add_dtype(weights)
+    _add_calibration(parser)
+    options.add_last(parser, overwrite=True)
+    return parser
+
+
+def _add_calibration(parser: Parser) -> None:
+    """Add the flags of the text, and of what is done with its activations."""
     text = parser.add_argument_group("calibration")
     text.add_argument(
         "--calibration", type=path_argument, metavar="FILE",
@@ -77,8 +84,6 @@ def build_parser() -> Parser:
     text.add_argument(
         "--device", choices=DEVICES, default="auto", help="where the activations are computed"
     )
-    options.add_last(parser, overwrite=True)
-    return parser
 
 
 def check_flags(args: argparse.Namespace) -> None:
