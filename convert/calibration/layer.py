@@ -1,8 +1,9 @@
 """One layer while it is quantized: its products in their order, each with the inputs it then gets.
 
 The products of a layer are rounded in four steps, and every step sees the activations that the
-rounded weights before it give. Activations are float32; of the inputs of a step only their moment
-and their mean magnitude are kept.
+rounded weights before it give. GPTQ also sees those of the float model, and rounds towards the
+outputs that they have there, which corrects what earlier layers lost. Activations are float32; of
+the inputs of a step only means over all tokens are kept.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from glm2_jax.schemes import COLUMN_AXES
 STEPS = (("q", "k", "v"), ("o",), ("gate_up",), ("down",))
 """The products that read the same activations, in the order in which a layer computes them."""
 
-Batches = Iterable[tuple[jax.Array, jax.Array]]  # activations [B, T, D], their tokens [B, T]
+# Activations [B, T, D], those of the float model or None, and the tokens [B, T].
+Batches = Iterable[tuple[jax.Array, jax.Array | None, jax.Array]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Inputs(NamedTuple):
 
     moment: jax.Array  # of x x^T, float32 [C, C]
     magnitude: jax.Array  # of |x|, float32 [C]
+    # Of r x^T, float32 [C, C], where r is the input that the float model has; None = not known.
+    cross: jax.Array | None
 
 
 @dataclass
@@ -77,20 +81,20 @@ class Layer:
         `batches` gives the input of the layer; None for the method "rtn", which reads none and has
         no errors to report.
         """
-        errors = {}
+        errors, original = {}, dict(self.weights)
         for step in STEPS:
             weight = jnp.concatenate([self._matrix(name) for name in step])
             if batches is None:
                 self._set(step, nearest(weight, method.form))
                 continue
-            inputs = self._inputs(step[0], batches())
+            inputs = self._inputs(step[0], batches(), original)
             if method.name == "awq":
                 scales = self._fold(step[0], weight, inputs, method.form)
                 outer = inputs.moment / (scales[:, None] * scales)
                 rounded = nearest(weight * scales, method.form, outer if method.clip else None)
                 result = rounded.floats() / scales
             else:
-                rounded = _by_gptq(weight, inputs.moment, method)
+                weight, rounded = _by_gptq(weight, inputs, method)
                 result = rounded.floats()
             self._set(step, rounded)
             error = output_error(result - weight, inputs.moment)
@@ -114,12 +118,16 @@ class Layer:
         self.rounded[name] = rounded
         self.weights[name] = rounded.floats().reshape(self.weights[name].shape)
 
-    def _inputs(self, name: str, batches: Batches) -> Inputs:
-        C, count = self._matrix(name).shape[1], 0
-        total = Inputs(jnp.zeros((C, C)), jnp.zeros(C))
-        for x, tokens in batches:
-            total = _add(self.config, name, self.weights, x, tokens, total)
+    def _inputs(self, name: str, batches: Batches, original: Mapping[str, jax.Array]) -> Inputs:
+        C, total, count = self._matrix(name).shape[1], None, 0
+        for x, reference, tokens in batches:
+            if total is None:
+                square = jnp.zeros((C, C))
+                total = Inputs(square, jnp.zeros(C), None if reference is None else square)
+            before = None if reference is None else (original, reference)
+            total = _add(self.config, name, total, self.weights, x, tokens, before)
             count += tokens.size
+        assert total is not None
         return jax.tree.map(lambda x: x / count, total)
 
     def _fold(self, name: str, weight: jax.Array, inputs: Inputs, form: Form) -> jax.Array:
@@ -167,17 +175,21 @@ class Layer:
         """Return a float32 array rounded to what the file can hold."""
         return x.astype(self.dtype).astype(jnp.float32)
 
-    def outputs(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
-        """Return the layer's output [B, T, D]."""
-        return _outputs(self.config, self.weights, x, tokens)
 
+def _by_gptq(weight: jax.Array, inputs: Inputs, method: Method) -> tuple[jax.Array, Rounded]:
+    """Return the weight that is rounded, and what it is rounded to.
 
-def _by_gptq(weight: jax.Array, moment: jax.Array, method: Method) -> Rounded:
-    order = descending(moment) if method.act_order else None
-    if order is not None:
-        moment = moment[order][:, order]
-    factor = inverse_factor(moment, method.damp)
-    return gptq(weight, factor, method.form, search=method.clip, order=order)
+    It is W' = W C (M + damping)^-1 with C = mean(r x^T), which has for the inputs x the outputs
+    nearest to W r; the damping keeps it near W.
+    """
+    moment, factor = inputs.moment, inverse_factor(inputs.moment, method.damp)
+    if inputs.cross is not None:
+        weight = weight + dot(dot(dot(weight, inputs.cross - moment), factor.T), factor)
+    order = None
+    if method.act_order:
+        order = descending(moment)
+        factor = inverse_factor(moment[order][:, order], method.damp)
+    return weight, gptq(weight, factor, method.form, search=method.clip, order=order)
 
 
 def _run(config: GLMConfig, weights: Mapping[str, jax.Array], x, tokens) -> tuple[Any, Any]:
@@ -193,13 +205,33 @@ def _run(config: GLMConfig, weights: Mapping[str, jax.Array], x, tokens) -> tupl
 
 
 @partial(jax.jit, static_argnums=0)
-def _outputs(config: GLMConfig, weights, x, tokens) -> jax.Array:
+def layer_output(
+    config: GLMConfig, weights: Mapping[str, jax.Array], x: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """Return the output of a layer, float32 [B, T, D], for its input and the tokens [B, T]."""
     return _run(config, weights, x, tokens)[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _add(config: GLMConfig, name: str, weights, x, tokens, total: Inputs) -> Inputs:
-    """Add up the inputs of the products of a step; what they do not depend on is not computed."""
+def _add(
+    config: GLMConfig,
+    name: str,
+    total: Inputs,
+    weights: Mapping[str, jax.Array],
+    x: jax.Array,
+    tokens: jax.Array,
+    before: tuple[Mapping[str, jax.Array], jax.Array] | None,
+) -> Inputs:
+    """Add the inputs of a step to `total`; `before` has weights and x of the float model."""
+    found, cross = _step_input(config, name, weights, x, tokens), total.cross
+    if before is not None and cross is not None:
+        cross = cross + dot(_step_input(config, name, *before, tokens).T, found)
+    moment = total.moment + dot(found.T, found)
+    return Inputs(moment, total.magnitude + jnp.abs(found).sum(axis=0), cross)
+
+
+def _step_input(config: GLMConfig, name: str, weights, x, tokens) -> jax.Array:
+    """Return the input [B * T, C] of a step; what it does not depend on is not computed."""
     _, kept = _run(config, weights, x, tokens)
     if name == "o":
         found = kept["o"][0]
@@ -209,6 +241,4 @@ def _add(config: GLMConfig, name: str, weights, x, tokens, total: Inputs) -> Inp
     if name == "down":
         both = einsum("BTD,CFD->BTCF", found, weights["gate_up"])
         found = ACTIVATIONS[config.block.mlp](biased(both, weights.get("gate_up_bias")))
-    found = found.reshape(tokens.size, -1)
-    moment, magnitude = total
-    return Inputs(moment + dot(found.T, found), magnitude + jnp.abs(found).sum(axis=0))
+    return found.reshape(tokens.size, -1)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.calibration.layer import Batches, Layer, Method
+from convert.calibration.layer import Batches, Layer, Method, layer_output
 from convert.files.safetensors_reader import read_safetensors_file
 from convert.files.safetensors_writer import Entry, write_shards
 from convert.files.tensor import StoredTensor
@@ -159,42 +159,54 @@ def _quantize(
     samples: np.ndarray | None,
     progress: Callable[[int, str], None],
 ) -> None:
-    states = None if samples is None else _States(source, plan.scheme, samples)
+    states = None if samples is None else _States(source, plan.scheme, samples, method)
     for number in range(source.config.num_layers):
         folder, more = _layer_folder(store, number), ""
+        weights = _read_layer(source, number, plan.dtype)
         if not folder.exists():
-            layer = Layer(source.config, _read_layer(source, number, plan.dtype), plan.dtype)
+            layer = Layer(source.config, dict(weights), plan.dtype)
             errors = layer.quantize(method, states and states.batches)
             _write_layer(folder, layer, number)
             if errors:
                 worst = max(errors, key=lambda name: errors[name])
                 more = f"largest error {errors[worst]:.2%} ({worst})"
         if states is not None and number + 1 < source.config.num_layers:
-            weights = _stored_weights(folder, source.config, number)
-            states.advance(Layer(source.config, weights, plan.dtype))
+            states.advance(_stored_weights(folder, source.config, number), weights)
         progress(number + 1, more)
 
 
 class _States:
-    """The activations of the samples at one layer, float32 [samples, T, D], in host memory."""
+    """The activations of the samples at one layer, float32 [samples, T, D], in host memory; for
+    GPTQ also those of the float model."""
 
-    def __init__(self, source: Folder, scheme: Scheme | None, samples: np.ndarray):
+    def __init__(self, source: Folder, scheme: Scheme | None, samples: np.ndarray, method: Method):
+        self.config = source.config
         count, length = samples.shape
         most = max(_TOKENS // length, 1)
         rows = max(rows for rows in range(1, most + 1) if count % rows == 0)  # of each batch
         self.samples = samples.reshape(-1, rows, length)
-        program, tables = jax.jit(partial(_carry, source.config)), _tables(source, scheme)
-        self.states = [np.asarray(program(tables, tokens)) for tokens in self.samples]
+        program = jax.jit(partial(_carry, source.config))
+
+        def embedded(scheme: Scheme | None) -> list[np.ndarray]:
+            tables = _tables(source, scheme)
+            return [np.asarray(program(tables, tokens)) for tokens in self.samples]
+
+        self.states = embedded(scheme)
+        self.floats = embedded(None) if method.name == "gptq" else None
 
     def batches(self) -> Batches:
-        """Yield activations and tokens."""
-        for x, tokens in zip(self.states, self.samples, strict=True):
-            yield jnp.asarray(x), jnp.asarray(tokens)
+        """Yield activations, those of the float model, and tokens."""
+        for number, tokens in enumerate(self.samples):
+            reference = None if self.floats is None else jnp.asarray(self.floats[number])
+            yield jnp.asarray(self.states[number]), reference, jnp.asarray(tokens)
 
-    def advance(self, layer: Layer) -> None:
+    def advance(self, weights: dict[str, jax.Array], original: dict[str, jax.Array]) -> None:
         """Put the outputs of a layer in place of its inputs."""
-        for number, batch in enumerate(self.batches()):
-            self.states[number] = np.asarray(layer.outputs(*batch))
+        for number, (x, reference, tokens) in enumerate(self.batches()):
+            self.states[number] = np.asarray(layer_output(self.config, weights, x, tokens))
+            if reference is not None and self.floats is not None:
+                found = layer_output(self.config, original, reference, tokens)
+                self.floats[number] = np.asarray(found)
 
 
 def _tables(source: Folder, scheme: Scheme | None) -> dict[str, jax.Array]:

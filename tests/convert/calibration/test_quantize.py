@@ -96,10 +96,10 @@ def test_folding_scales_changes_no_logit(monkeypatch, family):
     for number in range(config.num_layers):
         weights = {name: jnp.asarray(w[number]) for name, w in params["layers"].items()}
         layer = Layer(config, dict(weights), np.dtype(np.float32))
-        layer.quantize(method, lambda x=x: [(x, tokens)])
+        layer.quantize(method, lambda x=x: [(x, None, tokens)])
         for name in ("attn_norm", "mlp_norm", "v", *(["gate_up"] if family != "glm" else [])):
             assert np.abs(layer.weights[name] / weights[name] - 1).max() > 0.01
-        x = Layer(config, weights, layer.dtype).outputs(x, tokens)
+        x = layers.layer_output(config, weights, x, tokens)
         folded.append(layer.weights)
     before, after = (
         forward(config, {**params, "layers": stacked}, tokens)[0]
@@ -109,7 +109,7 @@ def test_folding_scales_changes_no_logit(monkeypatch, family):
 
 
 def test_a_killed_run_goes_on(tmp_path, source, text, monkeypatch, capsys):
-    flags = ("--method", "awq", "--calibration", text, *CALIBRATION)
+    flags = ("--calibration", text, *CALIBRATION)
     assert run(source, tmp_path / "once", *flags) == 0
     done, quantize_layer = [], Layer.quantize
 
