@@ -45,7 +45,7 @@ def build_parser() -> Parser:
     )
     weights.add_argument(
         "--quantize-embeddings", action="store_true",
-        help="quantize embedding and head, too, to the nearest integers of 4 bits",
+        help="quantize embedding and head, too, to int8 with a scale per row",
     )  # fmt: skip
     options.add_dtype(weights)
     _add_calibration(parser)

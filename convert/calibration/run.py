@@ -219,6 +219,7 @@ def _tables(source: Folder, scheme: Scheme | None) -> dict[str, jax.Array]:
         if part.name in ("embed", "positions", "blocks")
     }
     if scheme is not None and scheme.covers("embed"):
+        scheme = scheme.of("embed")
         integers, scale = map(jnp.asarray, quantize(tables["embed"], scheme))
         tables["embed"] = np.asarray(dequantize(QTensor(integers, scale, scheme.bits), 1))
     return jax.tree.map(jnp.asarray, tables)

@@ -16,6 +16,7 @@ from convert.calibration.rounding import Rounded
 from convert.calibration.text import read_samples
 from convert.random import write_random
 from glm2_jax import PRESETS, forward
+from infer.memory.shortage import _precision
 from tests.support.checkpoints import names, random_params, save, tiny_config, write_quantized
 from tests.support.commands import exit_code
 from tests.support.shared_data import shared_path
@@ -76,7 +77,11 @@ def test_groups_bits_and_embeddings(tmp_path, source, text):
     assert run(source, tmp_path / "new", "--group", 32, "--bits", 3, *flags) == 0
     params = load_checkpoint(tmp_path / "new").params
     weight = params["layers"]["gate_up"]
-    assert weight.scale.shape == (2, 2, 128, 4) and params["embed"].scale.shape == (640, 4)
+    assert weight.scale.shape == (2, 2, 128, 4) and weight.bits == 4
+    for name in ("embed", "head"):
+        assert (params[name].bits, params[name].scale.shape) == (8, (640,))
+    names = [_precision(p).quantize for p in (params, load_checkpoint(source).params)]
+    assert names == ["int4-g32+int8-embeddings", None]
     high, low = np.asarray(weight.values) >> 4, (np.asarray(weight.values) << 4) >> 4
     assert min(high.min(), low.min()) >= -4 and max(high.max(), low.max()) == 3
 
