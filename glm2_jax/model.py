@@ -128,6 +128,7 @@ class GLMBlock(nn.Module):
         drops = self.config.attention_dropout > 0 and not self.deterministic
         dropout = self.attention_dropout if drops else None
         x = attend(q, k, v, context.visible, dropout)
+        self.sow("intermediates", "o", x)  # kept only where it is asked for
         added = adapt(lora, "dense", x, self._adapter_key(lora))
         out = project("BTNH,DNH->BTD", x, w["o"], w.get("o_bias"), added("b"))
         return out, k_cache, v_cache

@@ -12,6 +12,7 @@ COLUMN_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate_up": 1, "down": 1}
 
 EMBEDDINGS = ("embed", "head")  # quantized on request; a row for each id
 _EMBEDDINGS = "+embeddings"  # suffix of the schemes that include them
+_WIDE = "+int8-embeddings"  # of those that have them in int8
 
 GROUP = 128  # columns that share a scale in our int4
 
@@ -26,14 +27,20 @@ class Scheme:
     bits: int  # 8 or 4
     grouped: bool  # whether a row has a scale for every group of columns, not one for the row
     embeddings: bool = False  # whether embedding and head are quantized, too
+    most: int = GROUP  # columns that share a scale in a grouped one, at most
+    wide: bool = False  # whether embedding and head are int8 with a scale per row instead
 
     def covers(self, name: str) -> bool:
         """Return whether a parameter of that name is quantized."""
         return name in COLUMN_AXES or (self.embeddings and name in EMBEDDINGS)
 
+    def of(self, name: str) -> Scheme:
+        """Return the scheme of one parameter among those that this one covers."""
+        return SCHEMES["int8"] if self.wide and name in EMBEDDINGS else self
+
     def group(self, columns: int) -> int | None:
-        """Return how many columns share a scale, at most `GROUP`; None = all of a row."""
-        return math.gcd(columns, GROUP) if self.grouped else None
+        """Return how many columns share a scale, at most `most`; None = all of a row."""
+        return math.gcd(columns, self.most) if self.grouped else None
 
     def shapes(self, shape: Shape, column_axes: int) -> tuple[Shape, Shape]:
         """Return the shapes of values and scales of a weight whose last axes are columns."""
@@ -53,8 +60,21 @@ SCHEMES = {
         Scheme("int4-row" + _EMBEDDINGS, 4, grouped=False, embeddings=True),
         Scheme("int8" + _EMBEDDINGS, 8, grouped=False, embeddings=True),
         Scheme("int4" + _EMBEDDINGS, 4, grouped=True, embeddings=True),
+        # Of convert.quantize.
+        Scheme("int4-g64", 4, grouped=True, most=64),
+        Scheme("int4-g32", 4, grouped=True, most=32),
+        Scheme("int4" + _WIDE, 4, grouped=True, embeddings=True, wide=True),
+        Scheme("int4-g64" + _WIDE, 4, grouped=True, embeddings=True, most=64, wide=True),
+        Scheme("int4-g32" + _WIDE, 4, grouped=True, embeddings=True, most=32, wide=True),
     )
 }
+GROUPS = (GROUP, 64, 32)
+
+
+def grouped_scheme(group: int, embeddings: bool) -> Scheme:
+    """Return the scheme of 4 bits with such groups, one of `GROUPS`; `embeddings` in int8."""
+    name = "int4" if group == GROUP else f"int4-g{group}"
+    return SCHEMES[name + _WIDE * embeddings]
 
 
 def asked_scheme(

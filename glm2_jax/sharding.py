@@ -119,7 +119,7 @@ def _weight(config: GLMConfig, mesh: Mesh, name: str, letters: str, scheme: Sche
     sizes = axis_sizes(config)
     if scheme is None or not scheme.covers(name):
         return _named(mesh, letters, sizes)
-    columns = COLUMN_AXES.get(name, 1)
+    columns, scheme = COLUMN_AXES.get(name, 1), scheme.of(name)
     values, scale = scheme.shapes(tuple(sizes[letter] for letter in letters), columns)
     # Groups are cut like the first axis of columns, if no group is on two devices.
     scale_letters = letters[: len(letters) - columns + 1][: len(scale)]

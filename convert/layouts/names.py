@@ -356,6 +356,7 @@ def _wrong(config: GLMConfig, match: Match, scheme: Scheme | None) -> list[str]:
     shape, problems = match.rule.shape(config), []
     expected = [(match.name, match.tensor, shape, FLOATS)]
     if match.scale is not None and scheme is not None:
+        scheme = scheme.of(match.rule.parts[0].name)
         shapes = scheme.shapes(shape, match.rule.column_axes)
         expected = [
             (match.name, match.tensor, shapes[0], ("int8",)),

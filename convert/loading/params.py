@@ -122,7 +122,7 @@ class _Weight:
     ):
         self.scheme, self.stacked = None, bool(stack)
         if scheme is not None and scheme.covers(part.name):
-            self.scheme = scheme
+            self.scheme = scheme.of(part.name)
         self.row_axes = len(shape) - column_axes(part)
         if self.scheme is None:
             self.places = [Place((*stack, *shape), dtype, sharding)]

@@ -48,7 +48,9 @@ class Values:
         config: GLMConfig,
         scheme: Scheme | None,
     ):
-        self.match, self.scheme = match, None if match.scale is None else scheme
+        self.match, self.scheme = match, None
+        if match.scale is not None and scheme is not None:
+            self.scheme = scheme.of(part.name)
         self.start, self.shape = start, part.shape(config)
         self._row_axes = len(self.shape) - column_axes(part)
         self.columns = math.prod(self.shape[self._row_axes :])  # elements of a row

@@ -83,9 +83,10 @@ def plan_tensors(
             chunks = partial(_floats, source, places, kind, lora)
             entries.append(Entry(name, shape, kind, _ordered(chunks, rule, source, shape)))
             continue
-        shapes = scheme.shapes(shape, rule.column_axes)
+        form = scheme.of(rule.parts[0].name)
+        shapes = form.shapes(shape, rule.column_axes)
         for which, kind in enumerate((np.dtype(np.int8), scale_dtype)):
-            chunks = partial(_quantized, source, places, scheme, which, kind)
+            chunks = partial(_quantized, source, places, form, which, kind)
             chunks = _ordered(chunks, rule, source, shapes[which])
             entries.append(Entry(name + SCALE * which, shapes[which], kind, chunks))
     return entries

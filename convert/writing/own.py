@@ -30,6 +30,7 @@ from glm2_jax.parts import parts_of
 from glm2_jax.published import FORMS
 from glm2_jax.quant import QTensor
 from glm2_jax.runtime.gather import gathered
+from glm2_jax.schemes import Scheme
 from glm2_jax.text.tokenizer import Tokenizer
 
 DEFAULT_SHARD_SIZE = 4 * 10**9
@@ -110,6 +111,13 @@ def plan_conversion(
             "They would be rounded once more, which can lose what the adapter adds.",
             'Use --dequantize (quantize="none"), or merge into the original weights.',
         )
+    return own_plan(source, dtype, scheme, adapter)
+
+
+def own_plan(
+    source: Folder, dtype: str | None, scheme: Scheme | None, adapter: Adapter | None = None
+) -> Plan:
+    """Return the plan of `plan_conversion` for a scheme that suits the source."""
     kind, config = float_dtype(dtype or source.float_dtype), source.config
     scales, lora = np.dtype(np.float32), adapter and adapter.lora
     origin = str(source.path) if adapter is None else f"{source.path} + {adapter.source}"

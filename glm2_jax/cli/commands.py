@@ -26,6 +26,7 @@ COMMANDS = {
     "train-demo": ("train.demo", "train the demo model again"),
     "inspect": ("convert.inspect", "show what a checkpoint folder holds"),
     "from-pytorch": ("convert.from_pytorch", "convert a published checkpoint to our format"),
+    "quantize": ("convert.quantize", "quantize to int4 by the activations of a text"),
     "to-pytorch": ("convert.to_pytorch", "write a folder for transformers"),
     "to-gguf": ("convert.to_gguf", "write a GGUF file for llama.cpp"),
     "to-peft": ("convert.to_peft", "convert an adapter between the layouts of PEFT"),

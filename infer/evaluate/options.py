@@ -86,6 +86,11 @@ class PerplexityOptions:
         "two variants are in memory at once",
         type=variants, metavar="A,B",
     )  # fmt: skip
+    against: str | None = flag(
+        "compare with another model of the same tokens, for example the one that --model was "
+        "quantized from; both are in memory",
+        type=path_argument, metavar="DIR|NAME",
+    )  # fmt: skip
     window: int | None = _count("tokens per window of a text (default: 2048, at most --max-length)")
     stride: int | None = _count(
         "tokens between the starts of two windows (default: half of --window)"

@@ -1,5 +1,5 @@
 """`--task perplexity`: how likely texts, and answers to questions, are to a model, or to each
-variant that `--compare` names.
+variant that `--compare` names, also next to the model that `--against` names.
 
 A text follows the template's prefix ids. One that is longer than the window is read in overlapping
 windows: each token counts once, in the first window that has it, and except in the first window at
@@ -22,6 +22,7 @@ import numpy as np
 
 from convert.loading.folder import open_folder, target_scheme
 from glm2_jax.cli.messages import human_size, note
+from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.runtime.gather import gathered
 from infer.datasets.encode import Encoder
@@ -90,12 +91,12 @@ def run(settings: Settings) -> dict[str, Any]:
     choice, batch = find_choice(settings.choice), settings.batch_size
     settings = dataclasses.replace(settings, choice=choice)
     _check_folder(settings)
-    choice = settings.compare[0].of(choice) if settings.compare else choice
+    (variant, choice), *others = _compared(settings)
     contents = {"rows": [row for _, row in rows]}
     engine = open_engine(choice, settings.options, rows=batch, contents=contents)
     material = prepare(engine, rows, bad, settings.window, settings.stride)
-    if settings.compare:
-        figures = {"variants": _compare(settings, settings.compare, engine, material)}
+    if others:
+        figures = {"variants": _compare(settings, variant, others, engine, material)}
     else:
         [total] = measure([engine], material, batch)
         figures = total.likelihood(material)
@@ -120,11 +121,45 @@ def _check_folder(settings: Settings) -> None:
             ) from None
 
 
+def _compared(settings: Settings) -> list[tuple[Variant, ModelChoice]]:
+    """Return every model to read with, the one that the others are compared with first."""
+    choice = settings.choice
+    named = settings.compare or (Variant(choice.path or "demo", None, None),)
+    found = [(variant, variant.of(choice)) for variant in named]
+    if settings.against is None:
+        return found
+    plain = ModelChoice(
+        path=settings.against, dtype=choice.dtype, layers=choice.layers, mesh=choice.mesh,
+        device=choice.device,
+    )  # fmt: skip
+    plain = find_choice(plain)
+    tokens = [_tokens(one) for one in (plain, choice)]
+    if tokens[0] != tokens[1]:
+        raise UsageError(
+            f"--against {settings.against} has other tokens, or another prompt.",
+            "Logits are compared token by token.",
+            "Name the model that this one was made from.",
+        )
+    return [(Variant(settings.against, None, None), plain), *found]
+
+
+def _tokens(choice: ModelChoice) -> tuple[Any, ...]:
+    """Return what decides the ids of a text, and how many logits each has."""
+    folder = open_folder(choice.path or demo_folder(), **choice.form)
+    tokenizer = folder.tokenizer
+    ids = tokenizer.special, tokenizer.added, tokenizer.start_ids
+    return tokenizer.model_bytes, *ids, folder.template, folder.config.vocab_size
+
+
 def _compare(
-    settings: Settings, compared: Sequence[Variant], first: Engine, material: Material
+    settings: Settings,
+    variant: Variant,
+    others: Sequence[tuple[Variant, ModelChoice]],
+    first: Engine,
+    material: Material,
 ) -> list[dict[str, Any]]:
-    """Return the figures of all variants; the first stays in memory, the others take turns with its
-    maximal length, in the memory that it leaves."""
+    """Return the figures of all models; the first, `variant`, stays in memory, the others take
+    turns with its maximal length, in the memory that it leaves."""
     options, batch = settings.options, settings.batch_size
     options = dataclasses.replace(options, max_length=first.max_length)
     if options.memory_limit is not None:
@@ -132,13 +167,13 @@ def _compare(
         note(f"the first variant takes {human_size(taken)} of --memory-limit")
         options = dataclasses.replace(options, memory_limit=max(options.memory_limit - taken, 0))
     results = []
-    for variant in compared[1:]:
-        note(f"comparing {compared[0].name} with {variant.name}")
-        engine = open_engine(variant.of(settings.choice), options, rows=batch)
+    for another, choice in others:
+        note(f"comparing {variant.name} with {another.name}")
+        engine = open_engine(choice, options, rows=batch)
         total, other = measure([first, engine], material, batch)
         if not results:
-            results.append(_figures(compared[0], first, material, total))
-        results.append(_figures(variant, engine, material, other))
+            results.append(_figures(variant, first, material, total))
+        results.append(_figures(another, engine, material, other))
         del engine  # before the next is loaded
     return results
 

@@ -47,7 +47,7 @@ def check_flags(settings: Settings, given: Mapping[str, str]) -> None:
     """Raise UsageError for flags that have no effect together; `given` as in `run`."""
     task, two_pass = settings.task, settings.two_pass
     for needed, fits, names in (
-        ("--task perplexity", task == "perplexity", "compare window stride"),
+        ("--task perplexity", task == "perplexity", "compare against window stride"),
         ("--task choice", task == "choice", "shots two_pass"),
         ("--task generation", task == "generation", "temperature top_p seed"),
         ("--task generation or --two-pass", task == "generation" or two_pass, "max_new_tokens"),

@@ -98,9 +98,10 @@ class Plan:
 
 def array_bytes(precision: Precision, name: str, shape: tuple[int, ...]) -> int:
     """Return the bytes of a weight, or of a part of it with this shape."""
-    if precision.scheme is None or not precision.scheme.covers(name):
+    scheme = precision.scheme
+    if scheme is None or not scheme.covers(name):
         return math.prod(shape) * precision.size
-    values, scales = precision.scheme.shapes(shape, COLUMN_AXES.get(name, 1))
+    values, scales = scheme.of(name).shapes(shape, COLUMN_AXES.get(name, 1))
     return math.prod(values) + 4 * math.prod(scales)
 
 

@@ -105,7 +105,11 @@ def abstract_params(config: GLMConfig, precision: Precision, *, stacked: bool = 
         if scheme.embeddings:
             params = {
                 **params,
-                **{n: _quantized(params[n].shape, 1, scheme) for n in EMBEDDINGS if n in params},
+                **{
+                    n: _quantized(params[n].shape, 1, scheme.of(n))
+                    for n in EMBEDDINGS
+                    if n in params
+                },
             }
     if stacked:
         return {**params, "layers": layers}

@@ -17,7 +17,7 @@ from glm2_jax.quant import QTensor
 from glm2_jax.runtime.devices import Shortage
 from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
 from glm2_jax.runtime.host_memory import find_memory
-from glm2_jax.schemes import COLUMN_AXES, SCHEMES
+from glm2_jax.schemes import COLUMN_AXES, SCHEMES, Scheme
 from infer.memory.budget import DEFAULT_CONTEXT, Budget, advice, needs, shared
 from infer.memory.plan import Plan, nearest
 from infer.memory.precision import Precision, precisions
@@ -96,7 +96,14 @@ def _precision(params: Any) -> Precision:
     if not isinstance(weight, QTensor):
         return Precision(dtype)
     grouped = weight.scale.ndim > weight.values.ndim - COLUMN_AXES["q"]
-    form = weight.bits, grouped, isinstance(params["embed"], QTensor)
-    schemes = SCHEMES.values()
-    name = next(s.name for s in schemes if (s.bits, s.grouped, s.embeddings) == form)
+    columns = weight.values.shape[-1] * 8 // weight.bits
+    group = columns // weight.scale.shape[-1] if grouped else None
+    embed = params["embed"]
+    form = weight.bits, group, embed.bits if isinstance(embed, QTensor) else None
+
+    def form_of(scheme: Scheme) -> tuple[int, int | None, int | None]:
+        wide = scheme.of("embed").bits if scheme.embeddings else None
+        return scheme.bits, scheme.group(columns), wide
+
+    name = next(scheme.name for scheme in SCHEMES.values() if form_of(scheme) == form)
     return Precision(dtype, name)

@@ -13,7 +13,9 @@ FLOORS = ("glm2_jax", "convert", "infer", "train")  # lowest first
 # Each room, lowest first: a folder with all that is in it; "infer." are the loose modules.
 ROOMS = {
     "glm2_jax": ("glm2_jax.", "text", "cli", "runtime", "processes"),
-    "convert": ("files", "hub", "layouts", "loading", "adapters", "writing", "convert."),
+    "convert": (
+        "files", "hub", "layouts", "loading", "adapters", "writing", "calibration", "convert.",
+    ),
     "infer": (
         "memory", "tuning", "engine", "batching", "requests", "infer.",
         "doctor", "bench", "chat", "evaluate", "explain", "fill", "generate", "selftest", "serve",

@@ -13,17 +13,21 @@ import jax
 import numpy as np
 import pytest
 
+from convert.loading.folder import open_folder
+from convert.writing.own import plan_conversion, write_folder
 from glm2_jax import forward
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.schemes import SCHEMES
 from infer.engine import reader
+from infer.engine.load import demo_folder
 from infer.evaluate import perplexity
 from infer.evaluate.__main__ import main, parser
 from infer.evaluate.options import variants
 from infer.evaluate.perplexity import Total, measure, prepare, windows
 from infer.evaluate.rows import BadRows, data_file
 from infer.evaluate.run import show
+from tests.support.checkpoints import save
 from tests.support.engine_toy import TOY, toy_engine, toy_params, warm_engine
 from tests.support.training_data import open_rows, write_rows
 from train.demo import data as demo_data
@@ -220,6 +224,7 @@ SCORING = "--task generation --predictions x"
         ("--compare none,int8 --quantize int4", "--quantize int4 has no effect"),
         ("--compare float32,bfloat16:int8 --dtype float16", "--dtype float16 has no effect"),
         ("--compare none,int8 --window 1", "must be from"),
+        ("--task choice --data x --against y", "--against needs --task perplexity"),
     ],
 )
 def test_flags_without_sense_are_refused_before_weights_are_loaded(monkeypatch, flags, words):
@@ -290,6 +295,28 @@ def test_the_demo_in_three_variants(tmp_path, figures, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "4.7 MB" in text and "100.00 %" in text and "KL" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_another_folder_is_the_measure(tmp_path, figures):
+    """--against: its logits are the first ones; a folder of other tokens is refused."""
+    path = tmp_path / "rows.jsonl"
+    lines = Path(data_file(None)).read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[:3]), encoding="utf-8")
+    demo = demo_folder()
+    folder = open_folder(demo)
+    plan = plan_conversion(folder, quantize="int4")
+    write_folder(tmp_path / "int4", plan)
+    flags = ("--data", path, "--dtype", "float32", "--against")
+    found = figures(*flags, demo, "--model", tmp_path / "int4")["variants"]
+    first, other = found
+    assert [v["variant"] for v in found] == [str(demo), str(tmp_path / "int4")]
+    assert [v["quantization"] for v in found] == ["none", "int4"]
+    assert first["kl_divergence"] == 0 < other["kl_divergence"] < 0.1
+    again = figures(*flags, demo, "--quantize", "int4")["variants"]
+    assert again[1]["kl_divergence"] == other["kl_divergence"]
+    save(tmp_path / "tiny")
+    with pytest.raises(UsageError, match="has other tokens, or another prompt"):
+        main(["--against", str(tmp_path / "tiny")])
 
 
 def test_a_comparison_leaves_room_on_a_gpu_for_the_second_variant(monkeypatch):

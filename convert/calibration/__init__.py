@@ -1,0 +1,1 @@
+"""Quantizes with the help of a text: GPTQ and AWQ, one layer after the other."""
