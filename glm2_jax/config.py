@@ -150,6 +150,16 @@ class GLMConfig:
         """The prompt template of the family, one of `choices.TEMPLATES`."""
         return _TEMPLATES.get(self.family, self.family)
 
+    def to_fields(self) -> dict[str, Any]:
+        """Return the fields of the model itself as plain JSON, for another process."""
+        return {name: value for name, value in vars(self).items() if name in _FIELDS}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "GLMConfig":
+        """Return the configuration of which `to_fields` are these, also after JSON."""
+        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        return cls(**{**fields, **lists})
+
     @classmethod
     def from_hf(
         cls,
@@ -195,6 +205,9 @@ class GLMConfig:
         if "rope_ratio" in form.fields:
             own["rope_kind"] = self.rope_kind
         return own | write_fields(form, vars(self))
+
+
+_FIELDS = {field.name for field in dataclasses.fields(GLMConfig)} - {"forms"}
 
 
 def _rope_kind(family: str | None, ratio: float) -> str:

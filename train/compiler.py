@@ -28,7 +28,7 @@ def ask(plan: Any, device: str) -> tuple[int | None, str]:
     topology = None if device == "cpu" else CARDS[device].topology
     fields = ("batch", "length", "remat", "accumulate", "platform")
     request = {name: getattr(plan, name) for name in fields} | {
-        "config": dataclasses.asdict(plan.config),
+        "config": plan.config.to_fields(),
         "precision": dataclasses.asdict(plan.precision),
         "adapter": None if plan.adapter is None else dataclasses.asdict(plan.adapter),
         "topology": topology,
@@ -88,7 +88,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     topology, adapter = request.pop("topology"), request.pop("adapter")
     plan = TrainingPlan(
-        config=GLMConfig(**request.pop("config")),
+        config=GLMConfig.from_fields(request.pop("config")),
         precision=Precision(**request.pop("precision")),
         adapter=None if adapter is None else NewAdapter(**adapter),
         **request,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -52,7 +51,7 @@ class Peer:
 
     def open(self, config: GLMConfig, dtype: str) -> None:
         """Make random weights of these shapes, in place of the ones before."""
-        values = dataclasses.asdict(config)
+        values = config.to_fields()
         about = self.ask(do="open", config=values, dtype=dtype, device=self._device)
         versions = (f"{name} {number}" for name, number in about["versions"].items())
         self.versions = f"{', '.join(versions)}, {about['threads']} threads"

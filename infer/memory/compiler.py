@@ -7,7 +7,6 @@ Nothing else here starts jax.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -66,7 +65,7 @@ def ask(plan: Plan, name: str, memory: int | None) -> Verdict:
     read what they need; `memory` bytes may be taken, None = what the compiler thinks."""
     card = CARDS[name]
     request = {
-        "config": dataclasses.asdict(plan.config),
+        "config": plan.config.to_fields(),
         "platform": card.platform,
         "topology": card.topology,
         "dtype": plan.precision.dtype,
@@ -163,7 +162,7 @@ def main() -> None:
     import jax
 
     request, peak = json.load(sys.stdin), {}
-    config = GLMConfig(**request["config"])
+    config = GLMConfig.from_fields(request["config"])
     precision = Precision(request["dtype"], request["quantize"])
     device = absent_device(request["topology"], request["platform"])
     answer: dict[str, Any] = {"peak": peak}

@@ -237,3 +237,9 @@ def test_family_and_meaning_of_the_ratio():
     assert GLMConfig.from_hf(raw).family == "chatglm2"
     config = GLMConfig.from_hf({**raw, "rotary_percent": 0.5, "interleaved_qkv": False})
     assert (config.family, config.default_template) == ("codegeex2", "raw")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_another_process_gets_the_same_configuration(name):
+    config = PRESETS[name]
+    assert GLMConfig.from_fields(json.loads(json.dumps(config.to_fields()))) == config
