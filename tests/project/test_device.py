@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support import hurry
 from tests.support.paths import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -49,7 +50,10 @@ def test_all_steps_with_tiny_shapes(tmp_path):
     output = tmp_path / "device.json"
     command = [sys.executable, BENCHMARKS / "device.py"]
     flags = ["--small", "--device", "cpu", "--minutes", "120", "--output", output]
-    done = subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True)
+    environment = os.environ | {"XLA_FLAGS": hurry.FLAGS}
+    done = subprocess.run(
+        [*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     record = json.loads(output.read_text("utf-8"))
     failed = [step for step in record["steps"] if step["outcome"] != "done"]
     assert not failed and done.returncode == 0, (failed, done.stderr)
