@@ -314,9 +314,8 @@ def test_forms_are_checked_before_anything_is_measured(tmp_path, nothing_measure
 
 
 def test_without_ceilings_there_are_no_shares(capsys, nothing_measured, toy_config):
-    found = measured(
-        capsys, "--random", toy_config, "--no-ceilings", *DECODE, "--batches", "1"
-    )  # fmt: skip
+    argv = "--random", toy_config, "--no-ceilings", *DECODE, "--batches", "1"
+    found = measured(capsys, *argv)
     (result,) = found["results"]
     assert found["ceilings"] is None and found["complete"] and result["tokens_per_s"] > 0
     assert (result["of_bandwidth"], result["of_matmul"]) == (None, None)
