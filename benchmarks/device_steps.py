@@ -73,7 +73,7 @@ STEPS: tuple[Step, ...] = (
     ("server under load", 70, _SERVE + " --server-args='--tuned off'"),
     ("compared with transformers", 75,
      _DECODE + " --contexts 128 --batches 1 --tuned off --peer transformers"),
-    ("tests on the device", 60, _PYTEST),
+    ("tests on the device", 90, _PYTEST),
     ("decode, bfloat16, chosen forms", 40, _FEW + " --tuned auto"),
     ("prefill, bfloat16, chosen forms", 40, _PREFILL + " --tuned auto"),
     ("decode, bfloat16, list of layers", 60, _FEW + " --tuned off --layout list"),
