@@ -77,8 +77,9 @@ def run(
 
 def _measure(settings: Settings, subject: Subject, tasks: Tasks, report: Report) -> None:
     device, mesh = subject.device, subject.mesh
-    note(f"measuring the limits of {device.device_kind} ...")
-    report.ceilings = ceilings_of(device, mesh)
+    if settings.ceilings:
+        note(f"measuring the limits of {device.device_kind} ...")
+        report.ceilings = ceilings_of(device, mesh)
     by_device = (faster_layers(device.platform, on_mesh=mesh is not None),)
     forms = product(settings.dtypes, settings.quantize or (None,), settings.layout or by_device)
     with contextlib.ExitStack() as stack:
@@ -93,8 +94,9 @@ def _measure(settings: Settings, subject: Subject, tasks: Tasks, report: Report)
         for form in sorted(forms, key=lambda form: _bits(*form[:2])):
             _measure_form(settings, subject, form, tasks, peer, report)
             gc.collect()  # before the next parameters are made
-    # Once more: more than 100 per cent would only mean that the machine was busy at first.
-    report.ceilings = report.ceilings.better(ceilings_of(device, mesh))
+    if report.ceilings is not None:
+        # Once more: more than 100 per cent would only mean that the machine was busy at first.
+        report.ceilings = report.ceilings.better(ceilings_of(device, mesh))
     report.about["load average"] += f", {load_text()} at the end"
 
 
@@ -138,6 +140,7 @@ def _measure_form(
     devices = devices_of(params)
     for task in tasks(config, params, variant, report):
         result = task.result
+        report.results.append(result)  # what a signal ends is printed as far as it was measured
         reset_peak()
         try:
             take_turns(task, settings.repeat, peer)
@@ -147,7 +150,6 @@ def _measure_form(
             result.problem = "out of memory"
         peaks = [peak for peak in map(peak_bytes, devices) if peak is not None]
         result.peak = max(peaks, default=None)
-        report.results.append(result)
         note(f"{result.what}: {f'{result.rate:.4g} tok/s' if result.seconds else result.problem}")
 
 
@@ -161,7 +163,8 @@ def take_turns(task: Task, repeats: int, peer: Peer | None) -> None:
             peer.ask(do="prepare", mode=mode, **result.shape)
             for _ in range(repeats):
                 result.seconds.append(run())
-                result.peers.setdefault(mode, []).append(peer.measure())
+                seconds = peer.measure()
+                result.peers.setdefault(mode, []).append(seconds)
         except PeerError as error:
             result.peers.pop(mode, None)
             result.problem = str(error)

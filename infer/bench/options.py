@@ -75,6 +75,10 @@ class Settings:
         choices=("transformers",), metavar="transformers",
     )  # fmt: skip
     json: bool = flag("one JSON object instead of a table", action="store_true")
+    ceilings: bool = flag(
+        "measure the limits of the device, and print the shares of them that are reached",
+        action=argparse.BooleanOptionalAction, default=True,
+    )  # fmt: skip
     tuned: str = "off"  # whether forms are used that were measured; training has one for each
 
 

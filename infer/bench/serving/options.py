@@ -104,7 +104,7 @@ class LoadSettings:
 
 # Flags of the bench that say what a server is started with, and those that mean nothing to one.
 _OF_THE_MODEL = ("random", "dtypes", "quantize", "layout")
-_OF_PROGRAMS = ("preset", "prompts", "batches", "contexts", "steps", "repeat", "peer")
+_OF_PROGRAMS = ("preset", "prompts", "batches", "contexts", "steps", "repeat", "peer", "ceilings")
 
 
 def check(settings: BenchSettings, load: LoadSettings) -> None:

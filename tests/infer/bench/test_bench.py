@@ -313,6 +313,27 @@ def test_forms_are_checked_before_anything_is_measured(tmp_path, nothing_measure
         bench.main(["--model", str(tmp_path), "--device", "cpu"])
 
 
+def test_without_ceilings_there_are_no_shares(capsys, nothing_measured, toy_config):
+    argv = "--random", toy_config, "--no-ceilings", *DECODE, "--batches", "1"
+    found = measured(capsys, *argv)
+    (result,) = found["results"]
+    assert found["ceilings"] is None and found["complete"] and result["tokens_per_s"] > 0
+    assert (result["of_bandwidth"], result["of_matmul"]) == (None, None)
+
+
+def test_what_ends_early_is_shown_as_far_as_it_was_measured(capsys, quick, monkeypatch, toy_config):
+    def end(task, repeats, peer):
+        take_turns(task, repeats, peer)
+        raise RuntimeError("ended")
+
+    monkeypatch.setattr(harness, "take_turns", end)
+    argv = ["--random", toy_config, *DECODE, "--batches", "1", "--repeat", "2", "--json"]
+    with pytest.raises(RuntimeError, match="ended"):
+        bench.main([*argv, "--device", "cpu"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["complete"] is False and len(found["results"][0]["seconds"]) == 2
+
+
 def test_ctrl_c_shows_what_there_is(toy_config):
     code = (
         "from glm2_jax.cli import interrupt\nfrom infer.bench import harness\n"
