@@ -1,11 +1,13 @@
 """Flags that the tools of inference share. Nothing here imports jax: `--help` must not wait."""
 
 import argparse
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 from glm2_jax.choices import DEVICES
+from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice, add_mesh_options
 from glm2_jax.cli.parser import Parser, add_flags, flag
 from glm2_jax.errors import UsageError
@@ -13,6 +15,29 @@ from infer.engine.params import SamplingParams
 
 _number = partial(flag, type=float, metavar="X")
 _integer = partial(flag, type=int, metavar="N")
+
+
+class Once(argparse.Action):
+    """Stores a value; a second one is an error, so that no prompt or file is lost silently."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice")
+        setattr(namespace, self.dest, values)
+
+
+@dataclass(frozen=True)
+class PromptFlags:
+    """Where a prompt comes from; `infer.requests.request.find_prompt` reads it."""
+
+    prompt: str | None = flag(
+        "the prompt; - reads it from standard input",
+        short=("-p",), action=Once, metavar="TEXT", exclusive=True,
+    )  # fmt: skip
+    prompt_file: str | None = flag(
+        "a UTF-8 file with the prompt",
+        type=path_argument, action=Once, metavar="F", exclusive=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,7 +100,12 @@ class SamplingFlags:
             given["do_sample"] = False
         if self.logit_bias is not None:
             given["logit_bias"] = _biases(self.logit_bias)
-        return SamplingParams.from_kwargs(preset_of(preset), **given)
+        try:
+            return SamplingParams.from_kwargs(preset_of(preset), **given)
+        except UsageError as error:  # it begins with the name of the parameter, not of its flag
+            name = next((name for name in given if re.match(rf"{name}\b", error.what)), "")
+            what = f"--{name.replace('_', '-')}" * bool(name) + error.what[len(name) :]
+            raise UsageError(what, error.why, error.fix) from None
 
 
 def _biases(texts: Iterable[str]) -> list[tuple[int, float]]:

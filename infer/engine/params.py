@@ -140,7 +140,7 @@ def whole(name: str, value: Any, least: int, most: float = math.inf) -> int:
     """Return the value of an option as an int; UsageError if it is not one in this range."""
     if not _is(numbers.Integral, value) or not least <= value <= most:
         bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
-        raise UsageError(f"{name} must be a whole number, {bounds}, got {shorten(value)}")
+        raise UsageError(f"{name} must be a whole number, {bounds}, got {shorten(value)}.")
     return int(value)
 
 
@@ -148,7 +148,7 @@ def _number(name: str, value: Any, least: float, most: float = _LARGEST) -> floa
     """Return the value of an option as a float that float32 can hold."""
     if not _is(numbers.Real, value) or not least <= value <= most:  # NaN is in no range
         bounds = f"{'above 0' if least == _SMALLEST else f'{least:g} or more'} and at most {most:g}"
-        raise UsageError(f"{name} must be a finite number, {bounds}, got {shorten(value)}")
+        raise UsageError(f"{name} must be a finite number, {bounds}, got {shorten(value)}.")
     return float(value)
 
 

@@ -11,7 +11,7 @@ from infer import options
 
 PROG = "python -m infer.fill"
 DESCRIPTION = """Fills the blanks of a text with a GLM base model (glm-large-chinese,
-glm-10b-chinese): [MASK] is words, [sMASK] a sentence, [gMASK] a text of any length at the end.
+glm-10b-chinese): [MASK] is words, [sMASK] a sentence, [gMASK] a text of any length.
 Several blanks of one kind are filled one after another, and each sees the answers before it.
 With --choices, the most likely of some answers fills the one blank of the text.
 
@@ -27,9 +27,11 @@ def parser() -> Parser:
     """Return the parser of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
     add_model_options(result)
-    add = result.add_argument_group("text").add_argument
-    add("--prompt", "-p", required=True, metavar="TEXT", help="the text with its blanks")
-    add(
+    options.add_adapter_options(result)
+    prompt = {"help": "the text with its blanks; - reads it from standard input"}
+    file = {"help": "a UTF-8 file with the text"}
+    group = add_flags(result, "text", options.PromptFlags, prompt=prompt, prompt_file=file)
+    group.add_argument(
         "--choices", nargs="+", metavar="A",
         help="fill the blank with the most likely of these answers: the one with the largest sum "
         "of the log-probabilities of its tokens; the sums are printed, too",
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         drawing = {field.name for field in fields(options.SamplingFlags)} - {"max_length"}
         for name in drawing & (given := made.given(args)).keys():
             raise UsageError(
-                f"{given[name]} has no effect with --choices",
+                f"{given[name]} has no effect with --choices.",
                 "The choices are scored; nothing is drawn.",
                 "Leave one of them out.",
             )

@@ -7,9 +7,9 @@ from glm2_jax.cli.messages import note
 from glm2_jax.errors import UsageError
 from infer.console import displayed, print_json, print_stats
 from infer.engine.engine import Engine
-from infer.generate.options import PromptOptions, Settings
+from infer.generate.options import Settings
 from infer.requests.exchange import encode, result, warn_beyond_aligned
-from infer.requests.request import Request, read_history, read_prompt
+from infer.requests.request import Request, find_prompt, read_history
 from infer.startup import note_demo_model, open_engine
 
 
@@ -22,7 +22,7 @@ def run(settings: Settings) -> int:
         from infer.generate.batch import run_batch
 
         return run_batch(settings, history)
-    request = Request(_prompt_text(settings.asked), history, settings.asked.system)
+    request = Request(find_prompt(settings.asked), history, settings.asked.system)
     if settings.asked.clean_text:
         request = request.cleaned()
     contents = {"prompt and history": dataclasses.asdict(request)}
@@ -44,21 +44,6 @@ def _check_flags(settings: Settings) -> None:
         raise UsageError(f"--stream excludes {'--batch-file' if batch else '--json'}")
     if settings.sampling.logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json")
-
-
-def _prompt_text(asked: PromptOptions) -> str:
-    if asked.prompt_file is not None:
-        return read_prompt(asked.prompt_file)
-    if asked.prompt not in (None, "-"):
-        return asked.prompt
-    if asked.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise UsageError(
-            "no prompt",
-            "--prompt, --prompt-file and --batch-file are missing, and standard input is a "
-            "terminal or closed",
-            "add --prompt TEXT",
-        )
-    return read_prompt("-")
 
 
 def _answer_one(settings: Settings, engine: Engine, request: Request) -> None:
