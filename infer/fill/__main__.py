@@ -22,6 +22,18 @@ of memory or device, 130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --model THUDM/glm-large-chinese --prompt "中国的首都是[MASK]。"
   {PROG} --model THUDM/glm-large-chinese --prompt "中国的首都是[MASK]。" --choices 上海 北京"""
 
+_WARM = "; no effect at temperature 0"
+_SAMPLING = {  # where the help of other commands would not be true
+    "preset": {
+        "help": "defaults of the flags below: official = greedy, as the published example; api = "
+        "the published HTTP server of ChatGLM2 (temperature 0.95, top-p 0.7, max-length 2048)"
+    },
+    "temperature": {"help": "sampling temperature (default: 0 = greedy)"},
+    "top_k": {"help": f"sample from the N most likely tokens, 0 = all (default: 50{_WARM})"},
+    "top_p": {"help": f"nucleus sampling: cumulative probability (default: 0.8{_WARM})"},
+    "max_length": {"help": "text and answers, in tokens (default: what the model has)"},
+}
+
 
 def parser() -> Parser:
     """Return the parser of the command."""
@@ -36,8 +48,8 @@ def parser() -> Parser:
         help="fill the blank with the most likely of these answers: the one with the largest sum "
         "of the log-probabilities of its tokens; the sums are printed, too",
     )  # fmt: skip
-    temperature = {"help": "sampling temperature (default: 0 = greedy)"}
-    add_flags(result, "sampling", options.SamplingFlags, temperature=temperature)
+    drawn = [field.name for field in fields(options.SamplingFlags) if field.name != "logprobs"]
+    add_flags(result, "sampling", options.SamplingFlags, drawn, **_SAMPLING)
     options.add_performance_options(result, mesh=True)
     add = result.add_argument_group("output").add_argument
     add(
