@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from glm2_jax.cli.model_choice import EngineOptions, ModelChoice, add_mesh_optio
 from glm2_jax.cli.parser import Parser, add_flags, flag
 from glm2_jax.errors import UsageError
 from infer.engine.params import SamplingParams
+from infer.requests.request import read_prompt
 
 _number = partial(flag, type=float, metavar="X")
 _integer = partial(flag, type=int, metavar="N")
@@ -28,7 +30,7 @@ class Once(argparse.Action):
 
 @dataclass(frozen=True)
 class PromptFlags:
-    """Where a prompt comes from; `infer.requests.request.find_prompt` reads it."""
+    """Where a prompt comes from."""
 
     prompt: str | None = flag(
         "the prompt; - reads it from standard input",
@@ -38,6 +40,24 @@ class PromptFlags:
         "a UTF-8 file with the prompt",
         type=path_argument, action=Once, metavar="F", exclusive=True,
     )  # fmt: skip
+
+    def read(self) -> str:
+        """Return the prompt that the flags name, or standard input.
+
+        InputError: it cannot be read. UsageError: no flag is given, and standard input is a
+        terminal or closed.
+        """
+        if self.prompt_file is not None:
+            return read_prompt(self.prompt_file)
+        if self.prompt not in (None, "-"):
+            return self.prompt
+        if self.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+            raise UsageError(
+                "No prompt was given.",
+                "No flag names one, and standard input is a terminal or closed.",
+                "Add --prompt TEXT.",
+            )
+        return read_prompt("-")
 
 
 @dataclass(frozen=True)

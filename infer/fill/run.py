@@ -17,7 +17,7 @@ from infer.engine.params import SamplingParams
 from infer.engine.reader import score_answers
 from infer.options import PromptFlags, SamplingFlags
 from infer.requests.exchange import note_blanks
-from infer.requests.request import Request, find_prompt
+from infer.requests.request import Request
 from infer.startup import note_demo_model, open_engine
 
 
@@ -52,7 +52,7 @@ class Choice(NamedTuple):
 def run(settings: Settings) -> int:
     """Fill the blanks of the prompt and print the text; returns the exit code."""
     note_demo_model(settings.choice)
-    prompt = Request(find_prompt(settings.asked)).prompt
+    prompt = Request(settings.asked.read()).prompt
     check_text(prompt, settings.choices)  # before the model is loaded: errors come at once
     engine = open_engine(settings.choice, settings.options)
     note_blanks(engine, prompt)

@@ -9,7 +9,7 @@ from infer.console import displayed, print_json, print_stats
 from infer.engine.engine import Engine
 from infer.generate.options import Settings
 from infer.requests.exchange import encode, result, warn_beyond_aligned
-from infer.requests.request import Request, find_prompt, read_history
+from infer.requests.request import Request, read_history
 from infer.startup import note_demo_model, open_engine
 
 
@@ -22,7 +22,7 @@ def run(settings: Settings) -> int:
         from infer.generate.batch import run_batch
 
         return run_batch(settings, history)
-    request = Request(find_prompt(settings.asked), history, settings.asked.system)
+    request = Request(settings.asked.read(), history, settings.asked.system)
     if settings.asked.clean_text:
         request = request.cleaned()
     contents = {"prompt and history": dataclasses.asdict(request)}

@@ -9,15 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from glm2_jax.cli.text_input import parse_json, parse_object, read_utf8
-from glm2_jax.errors import InputError, UsageError, shorten
+from glm2_jax.errors import InputError, shorten
 from glm2_jax.text.roles import Reply, is_reply
-from infer.options import PromptFlags
 
 Turns = tuple[tuple[str, Reply], ...]
 _HISTORY_FORM = 'write a list of pairs: [["question", "answer"], ...]'
@@ -69,24 +67,6 @@ def _clean_reply(reply: Reply) -> Reply:
 def _clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     return {**message, "content": _clean(content) if isinstance(content, str) else content}
-
-
-def find_prompt(flags: PromptFlags) -> str:
-    """Return the prompt that the flags give, or standard input.
-
-    InputError: it cannot be read. UsageError: no flag is given, and standard input is a terminal.
-    """
-    if flags.prompt_file is not None:
-        return read_prompt(flags.prompt_file)
-    if flags.prompt not in (None, "-"):
-        return flags.prompt
-    if flags.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise UsageError(
-            "No prompt was given.",
-            "No flag names one, and standard input is a terminal or closed.",
-            "Add --prompt TEXT.",
-        )
-    return read_prompt("-")
 
 
 def read_prompt(path: str) -> str:
