@@ -114,8 +114,8 @@ class SamplingFlags:
         if greedy:
             if given.get("temperature"):
                 raise UsageError(
-                    f"--greedy contradicts --temperature {self.temperature:g}",
-                    fix="leave one of them out",
+                    f"--greedy contradicts --temperature {self.temperature:g}.",
+                    fix="Leave one of them out.",
                 )
             given["do_sample"] = False
         if self.logit_bias is not None:
@@ -137,7 +137,7 @@ def _biases(texts: Iterable[str]) -> list[tuple[int, float]]:
             pairs.append((int(token), float(bias)))
         except ValueError:
             raise UsageError(
-                f"--logit-bias must be ID=X,..., got {pair!r}",
+                f"--logit-bias must be ID=X,..., got {pair!r}.",
                 fix="Example: --logit-bias 5=-100,9=2.5",
             ) from None
     return pairs

@@ -36,14 +36,14 @@ def _check_flags(settings: Settings) -> None:
     out, batch = settings.out, settings.asked.batch_file is not None
     as_json = out.json or batch
     if out.output is not None and not batch:
-        raise UsageError("--output needs --batch-file", fix="use > FILE for a single answer")
+        raise UsageError("--output needs --batch-file.", fix="Use > FILE for a single answer.")
     for flag, given in {"overwrite": out.overwrite, "restart": out.restart}.items():
         if given and out.output is None:
-            raise UsageError(f"--{flag} needs --output")
+            raise UsageError(f"--{flag} needs --output.")
     if out.stream and as_json:
-        raise UsageError(f"--stream excludes {'--batch-file' if batch else '--json'}")
+        raise UsageError(f"--stream excludes {'--batch-file' if batch else '--json'}.")
     if settings.sampling.logprobs is not None and not as_json:
-        raise UsageError("--logprobs needs --json")
+        raise UsageError("--logprobs needs --json.")
 
 
 def _answer_one(settings: Settings, engine: Engine, request: Request) -> None:
