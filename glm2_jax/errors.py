@@ -24,6 +24,11 @@ class GLMError(Exception):
         self.why = join_lines([why] if isinstance(why, str) else why)
         super().__init__("\n".join(line for line in (self.what, self.why, self.fix) if line))
 
+    @property
+    def cause(self) -> str:
+        """What happened: why, for the line of a list; one line if `why` is one."""
+        return f"{self.what.rstrip('.')}: {self.why}" if self.why else self.what
+
 
 class UsageError(GLMError):
     """A flag or argument is not valid."""

@@ -1,18 +1,63 @@
 """Flags that the tools of inference share. Nothing here imports jax: `--help` must not wait."""
 
 import argparse
+import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 from glm2_jax.choices import DEVICES
+from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice, add_mesh_options
 from glm2_jax.cli.parser import Parser, add_flags, flag
 from glm2_jax.errors import UsageError
 from infer.engine.params import SamplingParams
+from infer.requests.request import read_prompt
 
 _number = partial(flag, type=float, metavar="X")
 _integer = partial(flag, type=int, metavar="N")
+
+
+class Once(argparse.Action):
+    """Stores a value; a second one is an error, so that no prompt or file is lost silently."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice")
+        setattr(namespace, self.dest, values)
+
+
+@dataclass(frozen=True)
+class PromptFlags:
+    """Where a prompt comes from."""
+
+    prompt: str | None = flag(
+        "the prompt; - reads it from standard input",
+        short=("-p",), action=Once, metavar="TEXT", exclusive=True,
+    )  # fmt: skip
+    prompt_file: str | None = flag(
+        "a UTF-8 file with the prompt",
+        type=path_argument, action=Once, metavar="F", exclusive=True,
+    )  # fmt: skip
+
+    def read(self) -> str:
+        """Return the prompt that the flags name, or standard input.
+
+        InputError: it cannot be read. UsageError: no flag is given, and standard input is a
+        terminal or closed.
+        """
+        if self.prompt_file is not None:
+            return read_prompt(self.prompt_file)
+        if self.prompt not in (None, "-"):
+            return self.prompt
+        if self.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+            raise UsageError(
+                "No prompt was given.",
+                "No flag names one, and standard input is a terminal or closed.",
+                "Add --prompt TEXT.",
+            )
+        return read_prompt("-")
 
 
 @dataclass(frozen=True)
@@ -69,13 +114,18 @@ class SamplingFlags:
         if greedy:
             if given.get("temperature"):
                 raise UsageError(
-                    f"--greedy contradicts --temperature {self.temperature:g}",
-                    fix="leave one of them out",
+                    f"--greedy contradicts --temperature {self.temperature:g}.",
+                    fix="Leave one of them out.",
                 )
             given["do_sample"] = False
         if self.logit_bias is not None:
             given["logit_bias"] = _biases(self.logit_bias)
-        return SamplingParams.from_kwargs(preset_of(preset), **given)
+        try:
+            return SamplingParams.from_kwargs(preset_of(preset), **given)
+        except UsageError as error:  # it begins with the name of the parameter, not of its flag
+            name = next((name for name in given if re.match(rf"{name}\b", error.what)), "")
+            what = f"--{name.replace('_', '-')}" * bool(name) + error.what[len(name) :]
+            raise UsageError(what, error.why, error.fix) from None
 
 
 def _biases(texts: Iterable[str]) -> list[tuple[int, float]]:
@@ -87,7 +137,7 @@ def _biases(texts: Iterable[str]) -> list[tuple[int, float]]:
             pairs.append((int(token), float(bias)))
         except ValueError:
             raise UsageError(
-                f"--logit-bias must be ID=X,..., got {pair!r}",
+                f"--logit-bias must be ID=X,..., got {pair!r}.",
                 fix="Example: --logit-bias 5=-100,9=2.5",
             ) from None
     return pairs

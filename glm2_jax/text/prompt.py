@@ -59,7 +59,7 @@ def text_ids(tokenizer: Tokenizer, template: str, text: str) -> list[int]:
     if find_template(template).fills:
         # The published tokenizer parses masks, and drops the white space around them.
         parts = MASKS.split(text)
-        mask = _mask_of(tokenizer, parts[1::2])
+        mask = _mask_id(tokenizer, mask_of(text))
         encoded = (tokenizer.encode(part.strip()) for part in parts[::2])
         ids = next(encoded) + [token for part in encoded for token in (mask, *part)]
     return [*tokenizer.prefix_ids, *ids, *tokenizer.suffix_ids]
@@ -73,18 +73,25 @@ def with_blank(tokenizer: Tokenizer, template: str, text: str, mask: str | None 
     return text + (mask or tokenizer.blank)
 
 
-def _mask_of(tokenizer: Tokenizer, masks: Sequence[str]) -> int:
-    """Return the id of the masks of a text, -1 where there are none."""
-    kinds = list(dict.fromkeys(masks))
+def mask_of(text: str) -> str | None:
+    """Return the mask of the blanks of a text, None if it has none; InputError: several kinds."""
+    kinds = list(dict.fromkeys(MASKS.findall(text)))
     if len(kinds) > 1:
         raise InputError(
             f"The prompt has {' and '.join(kinds)}.",
             "All blanks of a text must be of one kind.",
-            "Use [MASK] for words, [sMASK] for sentences, or one [gMASK] at the end for a text.",
+            "Use [MASK] for words, [sMASK] for sentences, or [gMASK] for a text of any length.",
         )
-    if kinds and kinds[0] not in tokenizer.special:
-        raise InputError(f"This model has no {kinds[0]}.", fix="Use [MASK].")
-    return tokenizer.special[kinds[0]] if kinds else -1
+    return kinds[0] if kinds else None
+
+
+def _mask_id(tokenizer: Tokenizer, mask: str | None) -> int:
+    """Return the id of a mask, -1 for None."""
+    if mask is None:
+        return -1
+    if mask not in tokenizer.special:
+        raise InputError(f"This model has no {mask}.", fix="Use [MASK].")
+    return tokenizer.special[mask]
 
 
 def chatglm2_text(query: str, history: Turns = (), system: str | None = None) -> str:
@@ -186,7 +193,7 @@ def _check_turns(query: object, history: object, system: object) -> None:
                 f"The {name} is not a string.", f"It is of type {type(text).__name__}."
             )
     if not str(query).strip():
-        raise InputError("empty prompt", "There is nothing to answer.", "Write a question.")
+        raise InputError("The prompt is empty.", "There is nothing to answer.", "Write a text.")
     if isinstance(history, str) or not isinstance(history, Sequence):
         raise InputError("The history is not a list of [question, answer] pairs.")
     for number, turn in enumerate(history, 1):

@@ -89,13 +89,13 @@ class SamplingParams:
                 object.__setattr__(self, name, check(name, value, *bounds))
         if self.loop_stop == 1:
             raise UsageError(
-                "loop_stop must be 0 (off) or at least 2, got 1",
+                "loop_stop must be 0 (off) or at least 2, got 1.",
                 "With 1, every answer would be stopped.",
             )
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         stop = tuple(stop) if isinstance(stop, Iterable) else (None,)
         if not all(isinstance(text, str) and text for text in stop):
-            raise UsageError(f"stop must be non-empty strings, got {shorten(self.stop)}")
+            raise UsageError(f"stop must be non-empty strings, got {shorten(self.stop)}.")
         for text in map(str, stop):
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise UsageError(
@@ -120,7 +120,7 @@ class SamplingParams:
                 fix="Leave num_beams out; temperature=0 gives the greedy answer.",
             )
         if not isinstance(do_sample, bool):
-            raise UsageError(f"do_sample must be True or False, got {do_sample!r}")
+            raise UsageError(f"do_sample must be True or False, got {do_sample!r}.")
         if not isinstance(preset, str) or preset not in PRESETS:
             raise UsageError(f"unknown preset {preset!r}", fix=f"Known: {', '.join(PRESETS)}.")
         known = [field.name for field in dataclasses.fields(cls)]
@@ -140,7 +140,7 @@ def whole(name: str, value: Any, least: int, most: float = math.inf) -> int:
     """Return the value of an option as an int; UsageError if it is not one in this range."""
     if not _is(numbers.Integral, value) or not least <= value <= most:
         bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
-        raise UsageError(f"{name} must be a whole number, {bounds}, got {shorten(value)}")
+        raise UsageError(f"{name} must be a whole number, {bounds}, got {shorten(value)}.")
     return int(value)
 
 
@@ -148,14 +148,14 @@ def _number(name: str, value: Any, least: float, most: float = _LARGEST) -> floa
     """Return the value of an option as a float that float32 can hold."""
     if not _is(numbers.Real, value) or not least <= value <= most:  # NaN is in no range
         bounds = f"{'above 0' if least == _SMALLEST else f'{least:g} or more'} and at most {most:g}"
-        raise UsageError(f"{name} must be a finite number, {bounds}, got {shorten(value)}")
+        raise UsageError(f"{name} must be a finite number, {bounds}, got {shorten(value)}.")
     return float(value)
 
 
 def _flag(name: str, value: Any) -> bool:
     """Return the value of an option that is True or False."""
     if not isinstance(value, bool):
-        raise UsageError(f"{name} must be True or False, got {shorten(value)}")
+        raise UsageError(f"{name} must be True or False, got {shorten(value)}.")
     return value
 
 
@@ -164,7 +164,7 @@ def _ids(name: str, value: Any) -> tuple[int, ...]:
     ids = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     ids = tuple(dict.fromkeys(whole(name, token, 0, MAX_ID) for token in ids))
     if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise UsageError(f"{name} may have at most {MAX_STOP_TOKEN_IDS} ids, got {len(ids)}")
+        raise UsageError(f"{name} may have at most {MAX_STOP_TOKEN_IDS} ids, got {len(ids)}.")
     return ids
 
 
@@ -173,14 +173,14 @@ def _biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     value = value.items() if isinstance(value, Mapping) else value
     pairs = list(value) if isinstance(value, Iterable) else [value]
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
-        raise UsageError(f"{name} must map token ids to numbers, got {shorten(value)}")
+        raise UsageError(f"{name} must map token ids to numbers, got {shorten(value)}.")
     biases = {
         whole(name, token, 0, MAX_ID): _number(name, bias, -100.0, 100.0) for token, bias in pairs
     }
     if len(biases) < len(pairs):
         raise UsageError(f"{name} has a token id twice: {shorten(value)}")
     if len(biases) > MAX_BIASES:
-        raise UsageError(f"{name} may have at most {MAX_BIASES} token ids, got {len(biases)}")
+        raise UsageError(f"{name} may have at most {MAX_BIASES} token ids, got {len(biases)}.")
     return tuple(sorted(biases.items()))
 
 

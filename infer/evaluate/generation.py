@@ -85,8 +85,8 @@ def checked(engine: Engine, ids: list[int]) -> list[int]:
     """Return the ids of a prompt; InputError if they leave no room for an answer."""
     if len(ids) >= engine.max_length:
         raise InputError(
-            "the prompt is too long",
-            f"{len(ids)} tokens; prompt and answer together may have {engine.max_length}",
+            f"The prompt is too long: {len(ids)} tokens.",
+            f"Prompt and answer together may have {engine.max_length}.",
         )
     return ids
 

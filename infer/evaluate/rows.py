@@ -50,7 +50,7 @@ class BadRows:
                 good.append((where, parse(row)))
             except InputError as error:
                 self.count += 1
-                note(f"{where}: {': '.join(part for part in (error.what, error.why) if part)}")
+                note(f"{where}: {error.cause}")
         return good
 
     def check(self, good: int) -> None:

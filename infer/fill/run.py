@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 from glm2_jax.cli.messages import note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import InputError, UsageError
-from glm2_jax.text.prompt import MASKS, build_prompt, with_blank
+from glm2_jax.text.prompt import MASKS, build_prompt, mask_of, with_blank
 from infer.console import displayed, print_json
 from infer.engine.answer import Completion
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from infer.engine.reader import score_answers
-from infer.options import SamplingFlags
+from infer.options import PromptFlags, SamplingFlags
 from infer.requests.exchange import note_blanks
+from infer.requests.request import Request
 from infer.startup import note_demo_model, open_engine
 
 
@@ -27,7 +28,7 @@ class Settings:
     choice: ModelChoice
     options: EngineOptions
     sampling: SamplingFlags
-    prompt: str
+    asked: PromptFlags
     json: bool
     choices: list[str] | None = None
 
@@ -51,16 +52,35 @@ class Choice(NamedTuple):
 def run(settings: Settings) -> int:
     """Fill the blanks of the prompt and print the text; returns the exit code."""
     note_demo_model(settings.choice)
+    prompt = Request(settings.asked.read()).prompt
+    check_text(prompt, settings.choices)  # before the model is loaded: errors come at once
     engine = open_engine(settings.choice, settings.options)
-    note_blanks(engine, settings.prompt)
-    text = with_blank(engine.tokenizer, engine.template, settings.prompt)
+    note_blanks(engine, prompt)
+    text = with_blank(engine.tokenizer, engine.template, prompt)
     find = _filled if settings.choices is None else _chosen
-    found = {"prompt": settings.prompt, **find(engine, text, settings)}
+    found = {"prompt": prompt, **find(engine, text, settings)}
     if settings.json:
         print_json(found)
     else:
         print(displayed(found["text"]), flush=True)
     return 0
+
+
+def check_text(text: str, choices: Sequence[str] | None = None) -> None:
+    """Raise InputError for blanks of several kinds; and with choices, for several blanks, or an
+    empty choice."""
+    mask_of(text)
+    if choices is None:
+        return
+    if (blanks := len(MASKS.findall(text))) > 1:
+        raise InputError(
+            f"--choices needs a text with one blank, got {blanks}.",
+            "Each choice is an answer to one blank.",
+            "Write the other blanks out, or leave --choices out to fill all of them.",
+        )
+    for number, choice in enumerate(choices, 1):
+        if not choice.strip():
+            raise InputError(f"Choice {number} is empty.", fix="Write an answer, or leave it out.")
 
 
 def _filled(engine: Engine, text: str, settings: Settings) -> dict[str, Any]:
@@ -119,28 +139,18 @@ def fill(engine: Engine, text: str, sampling: SamplingParams) -> Filled:
 def choose(
     engine: Engine, text: str, choices: Sequence[str], sampling: SamplingParams
 ) -> list[Choice]:
-    """Score the answers that may fill the one blank of a text, in the order given; of `sampling`
-    only the maximal length counts.
+    """Score the answers that may fill the one blank of a text, as `check_text` accepts them, in the
+    order given; of `sampling` only the maximal length counts.
 
     Raises:
-        UsageError: the model's template fills no blanks, or the text has not one blank.
-        InputError: no text, an empty choice, or one that does not fit.
+        UsageError: the model's template fills no blanks.
+        InputError: no text, or a choice that does not fit.
     """
     ids, limit = _prompt(engine, text, sampling)
-    if (blanks := len(MASKS.findall(text))) != 1:
-        raise UsageError(
-            f"--choices needs a text with one blank, got {blanks}",
-            "Each choice is an answer to one blank.",
-            "Write the other blanks out, or leave --choices out to fill all of them.",
-        )
-    encoded = []
-    for number, choice in enumerate(choices, 1):
-        if not choice.strip():
-            raise InputError(f"choice {number} is empty", fix="Write an answer, or leave it out.")
-        encoded.append(engine.tokenizer.encode(choice))
-        if len(ids) + len(encoded[-1]) > limit:
-            what = f"choice {number} (tokens: {len(encoded[-1])})"
-            raise _no_room(what, ids, limit)
+    encoded = [engine.tokenizer.encode(choice) for choice in choices]
+    for number, choice in enumerate(encoded, 1):
+        if len(ids) + len(choice) > limit:
+            raise _no_room(f"choice {number} (tokens: {len(choice)})", ids, limit)
     scores = score_answers(engine, ids, encoded)
     return [Choice(*one) for one in zip(choices, scores, encoded, strict=True)]
 
@@ -150,7 +160,7 @@ def _prompt(engine: Engine, text: str, sampling: SamplingParams) -> tuple[list[i
     it and its answers may have."""
     if not engine.written.fills:
         raise UsageError(
-            f"a {engine.config.family} model fills no blanks",
+            f"A {engine.config.family} model fills no blanks.",
             f"Its template here is {engine.template}.",
             "Name a GLM base model, for example --model THUDM/glm-large-chinese.",
         )
@@ -160,8 +170,8 @@ def _prompt(engine: Engine, text: str, sampling: SamplingParams) -> tuple[list[i
 
 def _no_room(what: str, ids: Sequence[int], limit: int) -> InputError:
     return InputError(
-        f"no room for {what} after {len(ids)} tokens",
-        f"prompt and answer together may have {limit}",
-        "shorten the text or the answers (--max-new-tokens), or raise --max-length as far as the "
-        "model goes",
+        f"There is no room for {what} after {len(ids)} tokens.",
+        f"Prompt and answer together may have {limit}.",
+        "Shorten the text or the answers (--max-new-tokens), or raise --max-length as far as the "
+        "model goes.",
     )

@@ -230,7 +230,7 @@ class _Batch:
 
     def _report(self, number: int, error: GLMError) -> None:
         self._bad += 1
-        note(f"{self.name}:{number}: {': '.join(filter(None, (error.what, error.why)))}")
+        note(f"{self.name}:{number}: {error.cause}")
 
 
 def _run_facts(settings: Settings, history: Turns, batch_sha256: str) -> dict[str, Any]:

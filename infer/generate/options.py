@@ -9,7 +9,7 @@ from glm2_jax.cli.parser import Parser, add_flags, flag
 from glm2_jax.processes import join
 from infer import options
 from infer.memory.cards import CARDS
-from infer.options import SamplingFlags
+from infer.options import Once, PromptFlags, SamplingFlags
 
 PROG = "python -m infer.generate"
 DESCRIPTION = """Answers a prompt with a checkpoint of the GLM family: ChatGLM, CodeGeeX2 or GLM-4.
@@ -24,40 +24,23 @@ EXAMPLE = f"""{PROG} --prompt 你好 --greedy
   {PROG} --dry-run --config chatglm2-6b --device 3090"""
 
 
-class _Once(argparse.Action):
-    """Stores a value; a second one is an error, so that no prompt or file is lost silently."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        if getattr(namespace, self.dest) is not None:
-            raise argparse.ArgumentError(self, "given twice")
-        setattr(namespace, self.dest, values)
-
-
 @dataclass(frozen=True)
-class PromptOptions:
+class PromptOptions(PromptFlags):
     """What is answered."""
 
-    prompt: str | None = flag(
-        "the prompt; - reads it from standard input",
-        short=("-p",), action=_Once, metavar="TEXT", exclusive=True,
-    )  # fmt: skip
-    prompt_file: str | None = flag(
-        "a UTF-8 file with the prompt",
-        type=path_argument, action=_Once, metavar="F", exclusive=True,
-    )  # fmt: skip
     batch_file: str | None = flag(
         'JSON lines: {"prompt": ...}, optionally with id, history, system; or {"messages": '
         "[...]} for ChatGLM3 and GLM-4; bad lines are reported, the others are answered",
-        type=path_argument, action=_Once, metavar="F", exclusive=True,
+        type=path_argument, action=Once, metavar="F", exclusive=True,
     )  # fmt: skip
     history: str | None = flag(
         'JSON file of earlier turns: [["question", "answer"], ...]',
-        type=path_argument, action=_Once, metavar="F",
+        type=path_argument, action=Once, metavar="F",
     )  # fmt: skip
     system: str | None = flag(
         "system prompt; ChatGLM-6B and ChatGLM2 have no system role: it is put before the first "
         "question, with a newline",
-        action=_Once,
+        action=Once,
         metavar="TEXT",
     )
     clean_text: bool = flag(
@@ -79,7 +62,7 @@ class OutputOptions:
         "file for the answers to a batch file; until all are there, they are kept in F.partial, "
         "and the same command continues an interrupted run (default: standard output, each answer "
         "as soon as those before it are there; an interrupted run is not continued)",
-        short=("-o",), type=path_argument, action=_Once, metavar="F",
+        short=("-o",), type=path_argument, action=Once, metavar="F",
     )  # fmt: skip
     overwrite: bool = flag("replace an existing --output", action="store_true")
     restart: bool = flag("discard F.partial instead of continuing it", action="store_true")

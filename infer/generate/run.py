@@ -7,9 +7,9 @@ from glm2_jax.cli.messages import note
 from glm2_jax.errors import UsageError
 from infer.console import displayed, print_json, print_stats
 from infer.engine.engine import Engine
-from infer.generate.options import PromptOptions, Settings
+from infer.generate.options import Settings
 from infer.requests.exchange import encode, result, warn_beyond_aligned
-from infer.requests.request import Request, read_history, read_prompt
+from infer.requests.request import Request, read_history
 from infer.startup import note_demo_model, open_engine
 
 
@@ -22,7 +22,7 @@ def run(settings: Settings) -> int:
         from infer.generate.batch import run_batch
 
         return run_batch(settings, history)
-    request = Request(_prompt_text(settings.asked), history, settings.asked.system)
+    request = Request(settings.asked.read(), history, settings.asked.system)
     if settings.asked.clean_text:
         request = request.cleaned()
     contents = {"prompt and history": dataclasses.asdict(request)}
@@ -36,29 +36,14 @@ def _check_flags(settings: Settings) -> None:
     out, batch = settings.out, settings.asked.batch_file is not None
     as_json = out.json or batch
     if out.output is not None and not batch:
-        raise UsageError("--output needs --batch-file", fix="use > FILE for a single answer")
+        raise UsageError("--output needs --batch-file.", fix="Use > FILE for a single answer.")
     for flag, given in {"overwrite": out.overwrite, "restart": out.restart}.items():
         if given and out.output is None:
-            raise UsageError(f"--{flag} needs --output")
+            raise UsageError(f"--{flag} needs --output.")
     if out.stream and as_json:
-        raise UsageError(f"--stream excludes {'--batch-file' if batch else '--json'}")
+        raise UsageError(f"--stream excludes {'--batch-file' if batch else '--json'}.")
     if settings.sampling.logprobs is not None and not as_json:
-        raise UsageError("--logprobs needs --json")
-
-
-def _prompt_text(asked: PromptOptions) -> str:
-    if asked.prompt_file is not None:
-        return read_prompt(asked.prompt_file)
-    if asked.prompt not in (None, "-"):
-        return asked.prompt
-    if asked.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise UsageError(
-            "no prompt",
-            "--prompt, --prompt-file and --batch-file are missing, and standard input is a "
-            "terminal or closed",
-            "add --prompt TEXT",
-        )
-    return read_prompt("-")
+        raise UsageError("--logprobs needs --json.")
 
 
 def _answer_one(settings: Settings, engine: Engine, request: Request) -> None:

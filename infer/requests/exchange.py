@@ -27,9 +27,9 @@ def encode(
     limit = min(engine.max_length, sampling.max_length or engine.max_length)
     if len(ids) >= limit:
         raise InputError(
-            f"the prompt is too long: {len(ids)} tokens",
-            f"prompt and answer together may have {limit} ({_longest(engine.config)})",
-            "shorten it, raise --max-length as far as the model goes, or cut it: --truncate-prompt",
+            f"The prompt is too long: {len(ids)} tokens.",
+            f"Prompt and answer together may have {limit} ({_longest(engine.config)}).",
+            "Shorten it, raise --max-length as far as the model goes, or add --truncate-prompt.",
         )
     return ids
 
@@ -45,13 +45,13 @@ def _build(engine: Engine, request: Request, truncate: int | None, where: str) -
     if request.messages is not None:
         if not engine.written.roles:
             raise InputError(
-                "messages need the template chatglm3 or glm4", f"the template here is {template}"
+                "messages need the template chatglm3 or glm4.", f"The template here is {template}."
             )
         ids = build_messages(tokenizer, request.messages, template)
         if truncate and len(ids) > truncate:
             raise InputError(
-                f"the messages are too long: {len(ids)} tokens, --truncate-prompt {truncate}",
-                "messages are never cut",
+                f"The messages are too long: {len(ids)} tokens, --truncate-prompt {truncate}.",
+                "Messages are never cut.",
             )
         return ids
     asked = request.prompt, request.history, request.system

@@ -39,11 +39,11 @@ class Request:
             json.dumps(texts, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
             raise InputError(
-                "the prompt is not valid text",
-                "it has half of a character (a lone surrogate), as bytes that are not UTF-8 leave",
+                "The prompt is not valid text.",
+                "It has half of a character (a lone surrogate), as bytes that are not UTF-8 leave.",
             ) from None
         if self.messages is None and not self.prompt.strip():
-            raise InputError("empty prompt", "there is nothing to answer", "write a question")
+            raise InputError("The prompt is empty.", "There is nothing to answer.", "Write a text.")
 
     def cleaned(self) -> Request:
         """Return it with plain spaces instead of ideographic and no-break ones, everywhere."""

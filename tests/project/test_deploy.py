@@ -83,7 +83,7 @@ def test_both_languages_say_the_same():
 @pytest.mark.parametrize("page", PAGES, ids=("en", "zh"))
 def test_the_page_says_what_becomes_of_each_field(page):
     parts = re.split(r"^\*\*.+?\*\*", page.split("\n## ")[4], flags=re.MULTILINE)[1:]
-    honoured, harmless, refused, _ = ({*re.findall(r"`([^`]+)`", part)} for part in parts)
+    honoured, _, harmless, refused, _ = ({*re.findall(r"`([^`]+)`", part)} for part in parts)
     bodies = schema.ChatBody, schema.CompletionBody
     assert {name for body in bodies for name in body.model_fields} <= honoured | {"stream_options"}
     assert fields.HARMLESS == harmless - {"stream_options"}

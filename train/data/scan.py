@@ -107,8 +107,7 @@ def scan(file: DataFile, reading: Reading, progress: Callable[[int], None]) -> S
         except InputError as error:
             found.bad_reasons[error.what] += 1
             if len(found.bad) < MAX_LISTED:
-                reason = f"{error.what.rstrip('.')}: {error.why}" if error.why else error.what
-                found.bad.append((row.line, row.number, reason))
+                found.bad.append((row.line, row.number, error.cause))
         progress(min(row.offset + row.size, file.size))
     if not found.rows:  # an array without elements, a table without rows
         raise no_rows(file.name, *["it has only a header"] * (file.kind == "csv"))

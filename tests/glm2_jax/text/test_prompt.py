@@ -161,7 +161,7 @@ def test_bad_messages(messages, message):
 @pytest.mark.parametrize(
     ("query", "history", "system", "message"),
     [
-        (" \n\u3000\t", (), None, "empty prompt"),
+        (" \n\u3000\t", (), None, "The prompt is empty"),
         (None, (), None, "not a string"),
         ("Q", "history", None, "not a list"),
         ("Q", [("Q", "A"), ("Q",)], None, "Turn 2"),
@@ -178,7 +178,7 @@ def test_bad_prompts(query, history, system, message):
 def test_what_a_template_cannot_do():
     with pytest.raises(CheckpointError, match="piecewise"):
         build_followup(Tokenizer.from_bytes(sp_model(newlines=True)), "Q", 2)
-    with pytest.raises(InputError, match="empty prompt"):
+    with pytest.raises(InputError, match="The prompt is empty"):
         build_followup(GLM2, " ", 2)
     for history, system in ((HISTORY, None), ((), "S")):
         with pytest.raises(InputError, match="neither history nor a system"):

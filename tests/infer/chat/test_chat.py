@@ -165,7 +165,7 @@ def test_flags(chat, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UsageError, match="fill has no") as caught:
         patch.setattr(load, "open_choice", lambda *args, **kwargs: blanks)
         main([])
-    assert caught.value.fix.startswith("ask a single question")
+    assert caught.value.fix == "fill blanks: python -m infer.fill"
     with pytest.raises(UsageError, match="--logprobs needs --json"):
         chat("", "--logprobs", "2")
     assert parser().parse_args([]).loop_stop == 6 and "(default: 6)" in parser().format_help()

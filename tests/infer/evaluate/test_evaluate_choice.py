@@ -216,7 +216,7 @@ def test_a_question_that_is_too_long_is_a_bad_row(toy, tmp_path, figures, capsys
     path = write(tmp_path, "val/law_val.csv", CEVAL_HEAD + rows)
     with pytest.raises(InputError, match="1 of 2"):
         main(["--task", "choice", "--data", str(path)])
-    assert f"{path}:2: the prompt is too long" in capsys.readouterr().err
+    assert f"{path}:2: The prompt is too long" in capsys.readouterr().err
     assert figures("--task", "choice", "--data", path, "--max-bad", "1")["questions"] == 1
 
 

@@ -201,7 +201,7 @@ def test_rows_of_every_format_marked_answers_and_bad_rows(toy, tmp_path, capsys)
         generate(*flags, "--max-bad", "1")
     err = capsys.readouterr().err
     assert f"{path}:1: no known format, its keys are 'text': known: alpaca: instruction" in err
-    assert f"{path}:2: the prompt is too long: " in err
+    assert f"{path}:2: The prompt is too long: " in err
     assert "marked as not to be learned: 1" in err
     assert generate(*flags, "--max-bad", "2") == 0
     assert "bad rows              2\nrows                  2\n" in capsys.readouterr().out

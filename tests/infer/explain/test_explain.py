@@ -249,7 +249,7 @@ def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, explained
         (UsageError, ["--length", "5", "--top-k", "3", "--max-new-tokens", "2"], "--top-k, --max"),
         (UsageError, ["--heads", "0:0,4:0"], "--heads 4:0 does not exist"),
         (InputError, [*NAMED, "--length", "32768"], "32,768 ids, which leaves no room"),
-        (InputError, ["--prompt", " "], "empty prompt"),
+        (InputError, ["--prompt", " "], "The prompt is empty."),
         (UsageError, [*NAMED, "--mesh", "tensor=3"], "Use tensor=1, 2, 4, 8, 16, 32."),
         (UsageError, [*NAMED, "--mesh", "tensor=8", "--device", "v5e-4"], "the mesh needs 8"),
         (UsageError, [*NAMED, "--mesh", "tensor=8", "--device", "3090"], "are not known"),

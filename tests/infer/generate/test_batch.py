@@ -94,8 +94,8 @@ def test_bad_lines_are_reported_and_the_others_answered(loaded, output, monkeypa
     assert err.startswith("no --model given: using the bundled demo model")
     for line in (
         "2: not JSON: ",
-        "3: empty prompt: ",
-        "4: the prompt is too long: ",
+        "3: The prompt is empty: There is nothing to answer.",
+        "4: The prompt is too long: ",
         "5: messages need the template chatglm3 or glm4: ",
         "7: not UTF-8: byte 13",
     ):
@@ -117,7 +117,7 @@ def test_messages_of_chatglm3(batch, capsys):
     assert (answer["messages"], answer["prompt_ids"]) == (messages, want)
     assert f"{file[1]}:2: Message 1 has the role 'nobody'" in err
     assert run(*flags, "--truncate-prompt", "3") == 3
-    assert f"{file[1]}:1: the messages are too long: {len(want)} tokens" in capsys.readouterr().err
+    assert f"{file[1]}:1: The messages are too long: {len(want)} tokens" in capsys.readouterr().err
 
 
 def test_outputs_that_are_refused(batch, loaded, tmp_path):

@@ -95,7 +95,7 @@ def test_flags_that_do_not_go_together():
         (["--device", "3090", "--prompt", "x"], "--device 3090 needs --dry-run"),
         (["--dry-run", "--config", "chatglm2-6b", "--model", "x"], "each name a model"),
         (["--dry-run", "--max-length", "40000"], "must be from 2 to 32768, got 40000"),
-        (["--dry-run", "--max-length", "0"], "max_length"),
+        (["--dry-run", "--max-length", "0"], "--max-length must be a whole number"),
         (["--dry-run", "--max-length", "1"], "must be from 2 to 32768, got 1"),
         (["--dry-run", "--config", "chatglm2-6b-int4", "--quantize", "int8"], "quantized already"),
     ):

@@ -123,7 +123,7 @@ def test_where_the_prompt_comes_from(answer, warm, tmp_path, monkeypatch):
         assert answer(*source)["prompt"] == "你好"
     for closed in (SimpleNamespace(isatty=lambda: True), None):
         monkeypatch.setattr("sys.stdin", closed)
-        assert "add --prompt TEXT" in failure(UsageError)
+        assert "Add --prompt TEXT." in failure(UsageError)
     (tmp_path / "h.json").write_text('[["a", "b"]]')
     flags = ["--history", str(tmp_path / "h.json"), "--system", "s"]
     ids = answer("--prompt", "c", *flags)["prompt_ids"]
@@ -149,7 +149,7 @@ def test_prompts_that_are_refused_and_one_that_is_warned_of(loaded, warm, monkey
     message = failure(InputError, "--prompt", "hello " * 99)
     assert f"{ids} tokens" in message and "256" in message and "--truncate-prompt" in message
     assert "may have 8" in failure(InputError, "--prompt", "hello", "--max-length", "8")
-    assert "empty prompt" in failure(InputError, "--prompt", " \n\u3000")
+    assert "The prompt is empty." in failure(InputError, "--prompt", " \n\u3000")
     assert "half of a character" in failure(InputError, "--prompt", "a\udce4")
     run("--prompt", "hi")
     assert "warning" not in capsys.readouterr().err
@@ -160,10 +160,11 @@ def test_prompts_that_are_refused_and_one_that_is_warned_of(loaded, warm, monkey
 
 def test_values_that_make_no_sense_and_unknown_flags(loaded, capsys):
     for flags, words in (
-        ("--temp nan", "temperature"),
+        ("--temp nan", "--temperature must be a finite number, 0 or more"),
+        ("--max-new-tokens -1", "--max-new-tokens must be a whole number, 1 or more, got -1."),
         ("--stop=", "stop"),
         (f"--seed {HUGE}", "seed"),
-        ("--num-beams 4", "num_beams"),
+        ("--num-beams 4", "--num-beams=4: beam search"),
         ("--greedy --temperature 0.5", "--greedy contradicts --temperature"),
         ("--logprobs 1", "--logprobs needs --json"),
         ("--stream --json", "--stream excludes --json"),

@@ -46,7 +46,7 @@ def test_messages_and_cleaned_text():
         (b"[1]", "not a JSON object"),
         (b"{}", "no prompt"),
         (b'{"prompt": 3}', "prompt is not a string"),
-        (b'{"prompt": " \\n"}', "empty prompt"),
+        (b'{"prompt": " \\n"}', "The prompt is empty"),
         (b'{"prompt": "q", "id": true}', "id is not"),
         (b'{"prompt": "q", "system": 1}', "system is not a string"),
         (b'{"prompt": "q", "history": "a"}', "history is not a list"),
