@@ -171,8 +171,7 @@ def _read_ranks(data: bytes, name: str) -> dict[bytes, int]:
 
     def refuse(number: int, why: str) -> CheckpointError:
         if number == len(content) and not data.endswith(b"\n"):
-            what = f"{name} is cut off in its last line, {number}: the vocabulary is incomplete."
-            return CheckpointError(what, why, _DOWNLOAD)
+            why = f"The file is cut off in this line, so that the vocabulary is incomplete. {why}"
         what = f"Line {number} of {name[:1].lower()}{name[1:]} is not valid."
         return CheckpointError(what, why, _DOWNLOAD)
 
