@@ -86,6 +86,9 @@ class Encoder:
     def _filled(self, messages: Sequence[Message]) -> tuple[list[int], Sequence[Message]]:
         """Return the ids before the first answer, and the answer to each blank."""
         text, *answers = messages
+        if text["role"] == "system":
+            why = f"{self.template} has no place for it: write it into the text with the blanks"
+            raise InputError("a row of a GLM model takes no system text", why)
         for number, message in enumerate(messages, 1):
             role = "user" if number == 1 else "assistant"
             if message["role"] != role or message.get("metadata") or message.get("tools"):
