@@ -210,6 +210,9 @@ def test_the_flag_has_to_suit_the_configuration(tmp_path):
     assert read_architecture(folder, family="glm4").config.family == "glm4"
     with pytest.raises(CheckpointError, match="not of a glm4-0414 model"):
         read_architecture(folder, family="glm4-0414")
+    folder = small_files(tmp_path / "c", CHATGLM, **ICE_FILE)
+    with pytest.raises(CheckpointError, match=r"that of ChatGLM-6B, not of a glm(.|\n)*--family"):
+        read_architecture(folder, family="glm")
     both = {**OFFICIAL, "_name_or_path": "x/chatglm-6b"}
     with pytest.raises(CheckpointError, match="not of a chatglm model"):
         read_architecture(small_files(tmp_path / "n", both, **SP))
