@@ -11,6 +11,8 @@ from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.escape import join_lines, json_line
 
+_ROTARY = {"none": "none: learned positions", "both": "two positions, each in half of a head"}
+
 
 def build_parser() -> Parser:
     """Return the parser of the flags."""
@@ -54,6 +56,7 @@ def describe(path: str, **form: str | None) -> dict[str, Any]:
         "quantization_bits": 0 if folder.scheme is None else folder.scheme.bits,
         "rope_kind": config.rope_kind,
         "rope_ratio": config.rope_ratio,
+        "rotary": config.block.rotary,
         "vocabulary": config.vocab_size,
         "tokenizer_pieces": folder.tokenizer.num_pieces,
         "special_tokens": folder.tokenizer.special,
@@ -87,7 +90,7 @@ def as_table(found: dict[str, Any]) -> str:
         "family": found["family"],
         "parameters": f"{found['parameters']:,}",
         "stored dtype": stored_as(found["float_dtype"], scheme),
-        "rope": rope if found["rope_ratio"] != 1 else "plain",
+        "rope": _ROTARY.get(found["rotary"]) or (rope if found["rope_ratio"] != 1 else "plain"),
         "vocabulary": f"{found['vocabulary']} ids, {found['tokenizer_pieces']} pieces",
         "added tokens": len(found["added_tokens"]),
         "layers": found["layers"],

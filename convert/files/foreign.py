@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from glm2_jax.errors import CheckpointError, shorten
+from glm2_jax.text.tokenizer import SCHEMES
 
 _SHOWN = 6  # names in a message
 _HUB_LEVELS = ("", "hub/", "models/", "hub/models/")  # of Hugging Face and of ModelScope
@@ -161,7 +162,10 @@ def explain_file(path: Path) -> CheckpointError:
             f"{path} is a file of a LoRA adapter, not a model.",
             fix=f"Give the base as the model (--model), and the folder as --adapter {folder}.",
         )
-    missing = [name for name in ("config.json", "tokenizer.model") if not (folder / name).exists()]
+    vocabularies = {scheme.file for scheme in SCHEMES.values()}
+    has_one = any((folder / name).exists() for name in (*vocabularies, "tokenizer.json"))
+    missing = [] if (folder / "config.json").exists() else ["config.json"]
+    missing += [] if has_one else ["tokenizer.model"]
     put = f"Put {' and '.join(missing)} next to it, and give" if missing else "Give"
     return CheckpointError(
         f"{path} is a file.",

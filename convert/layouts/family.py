@@ -121,9 +121,12 @@ def find_family(
 def _possible(side: SideFiles, plain: Tokenizer | None, family: str | None) -> frozenset[str]:
     """Return the families that a folder's configuration and vocabulary allow, or the given one.
 
-    Those of different models are a CheckpointError.
+    Those of different models are a CheckpointError, but a family that the kind of config.json
+    excludes is left to `GLMConfig.from_hf`.
     """
     form = form_of(side.raw)
+    if family in FAMILIES and family not in form.families:
+        return frozenset({family})
     shown = frozenset(form.families)
     if family is not None:  # an unknown one is refused later
         shown = frozenset({family} if family in FAMILIES else FAMILIES)

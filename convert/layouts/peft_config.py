@@ -157,8 +157,15 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """Read the configuration of an adapter; what is not plain LoRA is a `CheckpointError`."""
     path = folder / CONFIG
     if not path.exists():
-        kind = "a model" if (folder / "config.json").exists() else "not an adapter"
         inside = sorted(found.parent for found in folder.glob(f"*/{CONFIG}"))
+        if (folder / "state").is_dir() or (folder / "recipe.yml").exists():
+            raise CheckpointError(
+                f"{folder} is the output folder of a training run that has not finished.",
+                f"{CONFIG} is missing: it is written at the end.",
+                "Run the same training with --resume auto"
+                + (f", or give {inside[-1]}." if inside else "."),
+            )
+        kind = "a model" if (folder / "config.json").exists() else "not an adapter"
         fix = "Give the folder that train.lora or the peft library wrote"
         fix += f", for example {inside[-1]}." if inside else "."
         if any((folder / name).exists() for name in WEIGHT_FILES):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from convert.files.shards import read_json
 from convert.files.tensor import bad_file, reading
 from convert.layouts.hf_tokenizer import SAFE_NAMES
+from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError, shorten
 from glm2_jax.family import ROLE_TOKENS
 from glm2_jax.text.prompt import stop_ids
@@ -21,6 +22,7 @@ from glm2_jax.text.tokenizer import SCHEMES, SPECIAL, AddedToken, Tokenizer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _PUBLISHED_PIECES = {"chatglm2": 64789, "glm4": 151329, "glm": 50000}  # by the first family
+_GLM4_ROWS = 151552  # of the published embeddings of GLM-4
 _COMMON = 3  # <unk>, <s> and </s>, which every SentencePiece model has first
 _JSON_START = 2**22  # tokenizer.json has megabytes of pieces after its tokens
 
@@ -240,6 +242,37 @@ def assumed_places(tokenizer: Tokenizer, named: NamedTokens) -> list[str]:
         f"{published:,}, and no file gives the ids of the special tokens: they are assumed "
         f"to follow the pieces ([gMASK] = {tokenizer.special['[gMASK]']})"
     ]
+
+
+def check_vocabulary(config: GLMConfig, tokenizer: Tokenizer) -> None:
+    """Refuse a vocabulary that lacks tokens: most special ids follow from how many it has.
+
+    A CheckpointError where the published GLM-4 has more tokens, or where the configuration has
+    another id of a special token. The id of padding counts for nothing: fine-tunes change it.
+    """
+    scheme, published = SCHEMES[tokenizer.family], _PUBLISHED_PIECES["glm4"]
+    what = "The vocabulary is incomplete."
+    fix = f"Download {scheme.file} again from the repository that the weights come from."
+    count = tokenizer.num_pieces
+    if tokenizer.byte_level and config.vocab_size == _GLM4_ROWS and count < published:
+        why = f"It has {count:,} tokens; that of a model with {_GLM4_ROWS:,} ids has {published:,}."
+        raise CheckpointError(what, why, fix)
+    named = [("[MASK]", config.mask_token_id), ("[sMASK]", config.smask_token_id)]
+    named += [("[gMASK]", config.gmask_token_id)]
+    named += [(name, config.sop_token_id) for name in scheme.suffix[-1:]]
+    special = tokenizer.special
+    wrong = [(x, i) for x, i in named if i is not None and special.get(x, i) != i]
+    if isinstance(scheme.eos, str):  # a fine-tune may end with another ordinary or added token
+        ends = {config.eos_token_id, *tokenizer.end_ids}
+        ends -= set(stop_ids(tokenizer)).difference(tokenizer.end_ids)
+        taken = set(special.values())
+        wrong += [(scheme.eos, i) for i in sorted(ends) if i >= tokenizer.size or i in taken]
+    for name, number in wrong:
+        found = special[name]
+        why = f"config.json says that {name} is {number}; with the {count:,} tokens of the "
+        if number < found:
+            what = "The tokenizer does not belong to this model."
+        raise CheckpointError(what, f"{why}vocabulary it is {found}.", fix)
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -16,13 +16,14 @@ from convert.files.vocabulary import FAST, VOCABULARY_FILES, read_vocabulary
 from convert.layouts.family import find_family, read_side_files
 from convert.layouts.hf_config import is_native
 from convert.layouts.names import Match, match_tensors, own_rules, rules_of, tied_head
-from convert.layouts.tokens import assumed_places, fit_tokenizer
+from convert.layouts.tokens import assumed_places, check_vocabulary, fit_tokenizer
 from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS
 from glm2_jax.cli.files import refuse_url
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError, shorten
 from glm2_jax.schemes import SCHEMES, Scheme, asked_scheme
 from glm2_jax.text.template import TEMPLATES
+from glm2_jax.text.tokenizer import SCHEMES as VOCABULARY
 from glm2_jax.text.tokenizer import Tokenizer
 
 OFFICIAL_SCHEMES = {4: SCHEMES["int4-row"], 8: SCHEMES["int8"]}  # by quantization_bit
@@ -132,10 +133,12 @@ def _check_complete(
 ) -> None:
     """Refuse a folder without a tokenizer, or one of our own without its manifest."""
     if found.tokenizer is None:
+        name = VOCABULARY[found.config.family].file
+        others = [file for file in VOCABULARY_FILES if file != name]
         raise CheckpointError(
-            f"{folder} holds no tokenizer.model.",
+            f"{folder} holds no {name}.",
             "Without the tokenizer's vocabulary, text cannot be turned into tokens (also "
-            f"known: {', '.join(VOCABULARY_FILES[1:])}, and {FAST} of GLM-4).",
+            f"known: {', '.join(others)}, and {FAST} of GLM-4).",
             "Download the file from the repository that the weights come from.",
         )
     own = {rule.full_name(0) for rule in own_rules(found.config)}
@@ -256,13 +259,14 @@ def _published_scheme(raw: dict[str, Any]) -> Scheme | None:
 
 
 def check_fit(config: GLMConfig, tokenizer: Tokenizer, template: str, *, asked: bool) -> None:
-    """Refuse ids beyond the vocabulary, and what `check_template` refuses."""
+    """Refuse a vocabulary that does not fit a model, and what `check_template` refuses."""
     if tokenizer.size > config.vocab_size:
         raise CheckpointError(
             "The tokenizer does not belong to this model.",
             f"It has {tokenizer.size} ids; the model has {config.vocab_size}.",
-            "Use the tokenizer.model that was published with the model.",
+            f"Use the {VOCABULARY[tokenizer.family].file} that was published with the model.",
         )
+    check_vocabulary(config, tokenizer)
     check_template(config, template, asked=asked)
 
 

@@ -16,6 +16,10 @@ _speaker: str | None = None  # set in a process that prints only errors, after t
 _shown_on: TextIO | None = None  # the terminal that a progress line is on
 
 
+# A progress line has an estimate of the rest when this share is done, or after so many seconds.
+_SHARE, _SECONDS = 0.1, 60.0
+
+
 class Progress:
     """Progress with rate and ETA: one line that is rewritten on a terminal, plain lines elsewhere.
 
@@ -52,10 +56,12 @@ class Progress:
         if now - self.last < self.interval:
             return
         self.last = now
-        rate = (done - self.before) / (now - self.start)
+        took, new = now - self.start, done - self.before
+        rate = new / took
         line = f"{escape_controls(self.label)}: {self.show(done)} of {self.show(self.total)}"
         line += f", {self.show(rate)}/s{', ' + escape_controls(more) if more else ''}"
-        if rate > 0:
+        # The first part also waits for what is loaded or compiled once.
+        if rate > 0 and (new >= _SHARE * (self.total - self.before) or took >= _SECONDS):
             line += f", {max(self.total - done, 0) / rate:.0f} s left"
         if self.terminal:  # a line that wraps could not be cleared
             line = _CLEAR + cut_to_width(line, _columns(self.stream) - 1)

@@ -41,6 +41,13 @@ class Pieces:
         """Parse a serialized model, called `name` in errors; CheckpointError if it is not one."""
         self.model_bytes = data
         self._model = _load_model(data, name)
+        if not _has_settings(data):
+            raise CheckpointError(
+                f"{name} is cut off: the vocabulary is incomplete.",
+                f"It ends after {self._model.get_piece_size():,} pieces, without the settings that "
+                "follow them in a complete file.",
+                "Download the file again from the repository that the weights come from.",
+            )
         num_bytes = _num_bytes(self._model)
         first = self._model.id_to_piece(3) if self._model.get_piece_size() > 3 else ""
         launch = num_bytes == 0 and first == "<pad>"
@@ -118,8 +125,8 @@ def _load_model(data: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
         model.id_to_piece(list(range(model.get_piece_size())))  # each is valid text
     except (RuntimeError, UnicodeError) as error:
         raise CheckpointError(
-            f"{name} is not a SentencePiece model.",
-            " ".join(str(error).split()),
+            f"{name} is not a SentencePiece model, and not a list of ranked tokens as in GLM-4.",
+            "It is damaged, cut off, or another file." if data else "It is empty.",
             "Download the file from the repository that the weights come from.",
         ) from error
     ids = (model.unk_id(), model.bos_id(), model.eos_id())
@@ -129,6 +136,24 @@ def _load_model(data: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
             f"Its ids of <unk>, <s> and </s> are {ids}, not (0, 1, 2).",
         )
     return model
+
+
+def _has_settings(data: bytes) -> bool:
+    """Return whether a serialized model has a normalizer_spec (field 3), which follows the pieces.
+
+    SentencePiece itself takes a file that ends between two pieces.
+    """
+    at = 0
+    while at + 1 < len(data):
+        if data[at] == 3 << 3 | 2:
+            return True
+        size, at = data[at + 1], at + 2
+        shift = 7
+        while size >> shift and at < len(data):  # a length of several bytes
+            size += (data[at] - 1) << shift
+            at, shift = at + 1, shift + 7
+        at += size
+    return False
 
 
 def _num_bytes(model: sentencepiece.SentencePieceProcessor) -> int:

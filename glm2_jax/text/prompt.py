@@ -11,7 +11,7 @@ from typing import Any
 
 from glm2_jax.errors import CheckpointError, InputError
 from glm2_jax.text.roles import build_messages, is_reply, reply_messages
-from glm2_jax.text.template import CHATGLM2_ROUNDS, Rounds, find_template
+from glm2_jax.text.template import CHATGLM2_ROUNDS, TEMPLATES, Rounds, find_template
 from glm2_jax.text.tokenizer import SPACE_MARK, Tokenizer
 
 Turns = Sequence[Sequence[Any]]  # [question, `roles.Reply`]
@@ -41,10 +41,13 @@ def build_prompt(
     if found.rounds is not None:
         return text_ids(tokenizer, "raw", rounds_text(found.rounds, query, history, system))
     if history or system:
+        family = tokenizer.family
+        others = [name for name, x in TEMPLATES.items() if x.chat and family in x.families]
+        other = f", or use the template {' or '.join(others)}" if others else ""
         raise InputError(
             f"The {template} template takes neither history nor a system text.",
             "It passes the text to the model as it is.",
-            "Write everything into the prompt, or choose another template.",
+            f"Write everything into the prompt{other}.",
         )
     return text_ids(tokenizer, template, query)
 

@@ -167,12 +167,15 @@ def _read_ranks(data: bytes, name: str) -> dict[bytes, int]:
     """Return token -> rank; ranks are 0, 1, 2, ... and every single byte is a token."""
     ranks: dict[bytes, int] = {}
     lines: dict[int, int] = {}  # of each rank
+    content = data.splitlines()
 
     def refuse(number: int, why: str) -> CheckpointError:
+        if number == len(content) and not data.endswith(b"\n"):
+            why = f"The file is cut off in this line, so that the vocabulary is incomplete. {why}"
         what = f"Line {number} of {name[:1].lower()}{name[1:]} is not valid."
         return CheckpointError(what, why, _DOWNLOAD)
 
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(content, 1):
         if not line:
             continue
         match = _LINE.fullmatch(line)

@@ -204,7 +204,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"The tokenizer {path} cannot be read.",
                 error.strerror or str(error),
-                "Put the model's tokenizer.model there.",
+                f"Put the model's {SCHEMES[family or 'chatglm2'].file} there.",
             ) from error
         return cls.from_bytes(data, family, source=str(path))
 

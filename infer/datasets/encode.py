@@ -86,10 +86,12 @@ class Encoder:
     def _filled(self, messages: Sequence[Message]) -> tuple[list[int], Sequence[Message]]:
         """Return the ids before the first answer, and the answer to each blank."""
         text, *answers = messages
+        why = f"{self.template} takes one text with blanks, and an answer to each"
+        if text["role"] == "system":
+            raise InputError("a row of a GLM model takes no system text", why)
         for number, message in enumerate(messages, 1):
             role = "user" if number == 1 else "assistant"
             if message["role"] != role or message.get("metadata") or message.get("tools"):
-                why = f"{self.template} takes one text with blanks, and an answer to each"
                 raise InputError(f"message {number} is not plain text of the role {role}", why)
         written = with_blank(self.tokenizer, self.template, text["content"])
         if (blanks := len(MASKS.findall(written))) != len(answers):

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from glm2_jax.errors import shorten
+from glm2_jax.errors import InputError, shorten
 from glm2_jax.text.prompt import build_prompt, with_blank
 from glm2_jax.text.prompt import text_ids as prompt_ids
 from glm2_jax.text.roles import build_messages
 from infer.batching.grammar import Matcher
 from infer.engine.params import MAX_SEED, PRESETS, SamplingParams
 from infer.serve import messages
-from infer.serve.errors import ApiError, too_long
+from infer.serve.errors import ApiError, of_expected, too_long
 from infer.serve.schema import ChatBody, Common, CompletionBody, Message, OfficialBody, Tool
 from infer.serve.service import Facts, Service
 
@@ -103,7 +103,10 @@ async def text_prompts(facts: Facts, body: CompletionBody) -> list[Prompt]:
             _check_size(facts, len(prompt), "prompt")
         else:
             _check_ids(facts, prompt, "prompt")
-    return await elsewhere(build, size > LONG)
+    try:
+        return await elsewhere(build, size > LONG)
+    except InputError as error:  # blanks of several kinds
+        raise of_expected(error, "prompt") from error
 
 
 def _check_size(facts: Facts, characters: int, param: str) -> None:

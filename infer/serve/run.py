@@ -173,7 +173,8 @@ def _announce(
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     names, batch = ", ".join(service.models), settings.batch
-    note(f"serving {names}: {batch.slots} slots of {service.facts.max_length} tokens")
+    slots = f"{batch.slots} slot{'s' * (batch.slots > 1)}"
+    note(f"serving {names}: {slots} of {service.facts.max_length} tokens")
     if access.keys:
         note(f"{len(access.keys)} API key{'s' * (len(access.keys) > 1)}: needed for all but health")
     else:

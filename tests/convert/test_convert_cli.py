@@ -177,6 +177,13 @@ def test_progress_in_lines_and_on_a_terminal(monkeypatch):
         now[0] += 1
         progress(50)
     assert stream.getvalue().endswith("\r\x1b[Kloading: 50 of 100, 50/s, 1 s left\r\x1b[K")
+    # A rate that was slow at first says nothing of the rest, unless it goes on.
+    slow = io.StringIO()
+    with messages.Progress("loading", 100, stream=slow) as progress:
+        for _ in range(2):
+            now[0] += 37
+            progress(2)
+    assert [line.endswith("s left") for line in slow.getvalue().splitlines()] == [False, True]
 
 
 def test_from_pytorch(tmp_path, capsys, monkeypatch):

@@ -223,17 +223,20 @@ def test_what_is_no_adapter(tmp_path):
     (written(tmp_path / "broken") / CONFIG).write_text("{")
     written(tmp_path / "run" / "checkpoint-5")
     (tmp_path / "run" / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "stopped" / "state").mkdir(parents=True)
     expected = {
         "nothing": "is not found",
         "file": "is a file",
         "empty": "is not an adapter",
         "model": "is a model",
+        "stopped": "has not finished",
         "weightless": "adapter_model.safetensors is missing",
         "broken": "cannot be parsed",
         "run": f"for example {tmp_path / 'run' / 'checkpoint-5'}",
     }
     for name, message in expected.items():
         assert message in refusal(tmp_path / name)
+    assert "Run the same training with --resume auto." in refusal(tmp_path / "stopped")
     assert "infer.generate and infer.chat take it as --prefix" in refusal(tmp_path / "run")
 
 

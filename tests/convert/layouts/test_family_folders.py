@@ -210,6 +210,9 @@ def test_the_flag_has_to_suit_the_configuration(tmp_path):
     assert read_architecture(folder, family="glm4").config.family == "glm4"
     with pytest.raises(CheckpointError, match="not of a glm4-0414 model"):
         read_architecture(folder, family="glm4-0414")
+    folder = small_files(tmp_path / "c", CHATGLM, **ICE_FILE)
+    with pytest.raises(CheckpointError, match=r"that of ChatGLM-6B, not of a glm(.|\n)*--family"):
+        read_architecture(folder, family="glm")
     both = {**OFFICIAL, "_name_or_path": "x/chatglm-6b"}
     with pytest.raises(CheckpointError, match="not of a chatglm model"):
         read_architecture(small_files(tmp_path / "n", both, **SP))
@@ -282,3 +285,42 @@ def test_the_published_vocabularies(tmp_path):
         for role, token in zip(ROLE_TOKENS, range(151335, 151339), strict=True):
             assert found.tokenizer.special.get(role, token) == token
         assert found.tokenizer.eos_id == found.config.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "kept", "says"),
+    [
+        ("official glm4", "tokenizer_model", RANKS[: RANKS.rindex(b"aGVsbG8=")], "is 260"),
+        ("0414", "tokenizer_model", RANKS[: RANKS.rindex(b"aGVsbA==")], "is 260"),
+        ("official glm4", "tokenizer_model", RANKS[:-2], "cut off in this line"),
+        ("chatglm", "ice_text_model", ice_model()[: len(COG) // 2], "cut off"),
+        ("glm", "cog_pretrain_model", with_pieces(COG, ["xyzzy"]), f"is {COG_SIZE + 3}"),
+    ],
+)
+def test_a_vocabulary_that_lacks_tokens(tmp_path, name, file, kept, says):
+    folder = small_files(tmp_path / "m", FOLDERS[name][0], **{file: kept})
+    with pytest.raises(CheckpointError) as caught:
+        read_architecture(folder)
+    assert says in str(caught.value) and "INTERNAL" not in str(caught.value)
+
+
+def _between_pieces(model, count):
+    """The beginning of a SentencePiece model with so many pieces, each shorter than 128 bytes."""
+    at = 0
+    for _ in range(count):
+        at += 2 + model[at + 1]
+    return model[:at]
+
+
+def test_a_vocabulary_that_is_cut_between_its_tokens(tmp_path):
+    folder = small_files(tmp_path / "glm", BASE, cog_pretrain_model=_between_pieces(COG, 80))
+    with pytest.raises(CheckpointError, match=r"incomplete(.|\n)*after 80 pieces"):
+        read_architecture(folder)
+    # Whatever tokenizer_config.json says of the special tokens.
+    names = {str(151329 + i): {"content": x} for i, x in enumerate(SPECIAL["glm4"])}
+    folder = small_files(
+        tmp_path / "glm4", {**OFFICIAL, "padded_vocab_size": 151552, "eos_token_id": 151329},
+        tokenizer_model=RANKS, tokenizer_config_json={"added_tokens_decoder": names},
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="has 260 tokens; that of a model with 151,552 ids"):
+        read_architecture(folder)

@@ -14,7 +14,12 @@ from glm2_jax.text.template import TEMPLATES
 from glm2_jax.text.tokenizer import Tokenizer
 from infer.datasets.encode import Encoder
 from tests.support.shared_data import shared_file, shared_path
+from tests.support.sp_model import chatglm_model, sp_model
 
+TOYS = {
+    "glm": Tokenizer.from_bytes(sp_model(byte_fallback=False), "glm"),
+    "chatglm": Tokenizer.from_bytes(chatglm_model(), "chatglm"),
+}
 FILES = {"glm4": "glm4_tokenizer", "chatglm": "ice_text", "glm": "cog-pretrain"}
 
 
@@ -93,6 +98,22 @@ def test_texts_with_blanks():
     for history, system in (([("Q", "A")], None), ((), "S")):
         with pytest.raises(InputError, match="fill template takes neither history"):
             build_prompt(tokenizer, "fill", "a [MASK]", history, system)
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "advice"),
+    [("glm", "fill", "into the prompt."), ("chatglm", "raw", "or use the template chatglm.")],
+)
+def test_only_templates_of_the_family_are_advised(family, template, advice):
+    with pytest.raises(InputError) as caught:
+        build_prompt(TOYS[family], template, "Q", (), "S")
+    assert caught.value.fix.endswith(advice)
+
+
+def test_a_row_with_blanks_takes_no_system_text():
+    messages = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+    with pytest.raises(InputError, match="takes no system text"):
+        Encoder(TOYS["glm"], "fill").encode(messages, 0)
 
 
 def learned_of(encoder, messages):

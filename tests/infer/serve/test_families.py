@@ -166,6 +166,7 @@ def test_glm_fills_a_blank_or_continues():
             served.post("/v1/completions", {"prompt": ["天", "[sMASK][gMASK]"]}),
         ):
             assert answered.status_code == 400 and "one kind" in error_of(answered)["message"]
+            assert error_of(answered)["param"] == "prompt"
         assert "/v1/completions" in error_of(served.chat("天[MASK]"))["message"]
 
 

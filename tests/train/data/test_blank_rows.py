@@ -120,7 +120,7 @@ def test_a_text_without_a_blank_is_continued(tmp_path):
         (row_of(TEXT, ["天", 5]), "output has an answer that is not a text: it is answer 2"),
         (row_of(TEXT, []), "output is empty"),
         (row_of(TEXT, ANSWERS, history=[["Q", "A"]]), "message 3 .* takes one text with blanks"),
-        (row_of(TEXT, ANSWERS, system="S"), "message 1 .* takes one text with blanks"),
+        (row_of(TEXT, ANSWERS, system="S"), "takes no system text.* takes one text with blanks"),
     ],
 )
 def test_rows_that_do_not_fit_are_named(tmp_path, capsys, row, reason):
