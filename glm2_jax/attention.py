@@ -59,11 +59,10 @@ def attend(
 ) -> jax.Array:
     """Compute softmax(q k^T / sqrt(H)) v over the keys that each query sees: [B, T, N, H].
 
-    q is [B, T, N, H]; k and v are [B, K, S, H] in its dtype or a wider one, or int8 with a scale for
-    each [B, K, S]: a scale is applied to the score of its key, and to the probability of its value,
-    so that products are of integers. Unseen keys may hold anything, NaN included; all values are finite, see `finite_values`. The result has q's dtype;
-    that of a query that sees nothing is finite and arbitrary. With `dropout`, which is applied to
-    them, all probabilities are computed at once.
+    q is [B, T, N, H]; k and v are [B, K, S, H] in its dtype or a wider one, or int8 with scales
+    [B, K, S]. Unseen keys may hold anything, NaN included; all values are finite, see
+    `finite_values`. The result has q's dtype; that of a query that sees nothing is finite and
+    arbitrary. With `dropout`, which is applied to them, all probabilities are computed at once.
     """
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
@@ -109,17 +108,24 @@ def scaled_scores(q: jax.Array, k: jax.Array | QTensor, mask: jax.Array) -> jax.
     The queries are [B, T, K, G, H], the keys [B, K, S, H], the scores float32 [B, K, G, T, S].
     """
     q = jnp.einsum("BTKGH->BKGTH", q)
-    keys = k.values.astype(q.dtype) if isinstance(k, QTensor) else k
-    scores = einsum("BKGTH,BKSH->BKGTS", q, keys) / jnp.sqrt(jnp.float32(q.shape[-1]))
-    scores = scores * k.scale[:, :, None, None] if isinstance(k, QTensor) else scores
+    scores = _products(q, k) / jnp.sqrt(jnp.float32(q.shape[-1]))
     return jnp.where(mask[:, None, None], scores, _LOWEST)
 
 
+def _products(q: jax.Array, k: jax.Array | QTensor) -> jax.Array:
+    """Return q k^T of [B, K, G, T, H] and [B, K, S, H]: float32 [B, K, G, T, S]."""
+    if isinstance(k, QTensor):  # the scores are scaled: no float keys are written to memory
+        return _products(q, k.values.astype(q.dtype)) * k.scale[:, :, None, None]
+    return einsum("BKGTH,BKSH->BKGTS", q, k)
+
+
 def _weighted(probs: jax.Array, v: jax.Array | QTensor, dtype: Any) -> jax.Array:
-    """Return the sums of values [B, K, S, H] by probabilities float32 [B, K, G, T, S]: float32
-    [B, K, G, T, H]. Integers are multiplied as `dtype`."""
-    if isinstance(v, QTensor):
-        probs, v = probs * v.scale[:, :, None, None], v.values.astype(dtype)
+    """Sum values [B, K, S, H] by float32 probabilities [B, K, G, T, S]: float32 [B, K, G, T, H].
+
+    Integers are multiplied as `dtype`.
+    """
+    if isinstance(v, QTensor):  # the probabilities are scaled, see `_products`
+        return _weighted(probs * v.scale[:, :, None, None], v.values.astype(dtype), dtype)
     return einsum("BKGTS,BKSH->BKGTH", probs.astype(v.dtype), v)
 
 

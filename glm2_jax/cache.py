@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -16,10 +17,11 @@ from glm2_jax.mesh import active_mesh, constrain
 from glm2_jax.prefix import Prefix
 from glm2_jax.quant import QTensor, quantize_vectors
 
-# Letters of `glm2_jax.model`, of scales without the last; without those of a bidirectional context, which are all [B].
+# Letters of `glm2_jax.model`; without those of a bidirectional context, which are all [B]. Scales
+# have all but the last.
 AXES = {"k": "LBKSH", "v": "LBKSH", "length": "B", "prefix": "B"}
 
-Stored = jax.Array | QTensor  # floats, or int8 whose scales are all axes but the last
+Stored = jax.Array | QTensor  # floats, or int8 with a scale for each vector [H]
 
 
 @flax.struct.dataclass
@@ -41,8 +43,8 @@ class KVCache:
     def zeros(cls, config: GLMConfig, batch: int, size: int, dtype) -> KVCache:
         """Make an empty cache of `batch` rows with `size` slots, sharded over an active mesh.
 
-        With the dtype int8 keys and values are quantized. It is zeros, not uninitialized memory: an unseen value is multiplied by a probability of 0,
-        and 0 * NaN is NaN.
+        With the dtype int8 keys and values are quantized. It is zeros, not uninitialized memory: an
+        unseen value is multiplied by a probability of 0, and 0 * NaN is NaN.
         """
         shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_dim)
 
@@ -96,7 +98,7 @@ class KVCache:
         return self.k.shape[3]
 
 
-def _pinned(x: Stored, axes: str) -> Stored:
+def _pinned(x: Any, axes: str) -> Any:
     return jax.tree.map(lambda array: constrain(array, *axes[: array.ndim]), x)
 
 

@@ -21,7 +21,7 @@ from glm2_jax.parts import TABLE, parts_of, tables_of
 from glm2_jax.runtime.buckets import padded_batch
 from glm2_jax.schemes import COLUMN_AXES
 from infer.memory import shares
-from infer.memory.precision import Precision
+from infer.memory.precision import Precision, vector_bytes
 from infer.memory.shares import Sizes
 
 SHORTEST = 64  # slots of the smallest cache
@@ -49,6 +49,7 @@ class Plan:
     columns: int = 1  # tokens of each row that a step reads: one, and its draft tokens
     prefix: int = 0  # slots of each row before all tokens, for a prefix (P-Tuning v2)
     mesh: Sizes | None = None  # None = one device
+    kv: str = "auto"  # how the cache stores keys and values, of `glm2_jax.choices.KV`
 
     @property
     def rows(self) -> int:
@@ -71,7 +72,8 @@ class Plan:
 
     @cached_property
     def cache(self) -> int:
-        size, slots = self.precision.cache_size(self.platform), self.prefix + self.context
+        size = self.precision.cache_size(self.platform, self.kv)
+        slots = self.prefix + self.context
         if self.mesh is None:
             return cache_bytes(self.config, size, slots, self.rows)
         return shares.cache_share(self.config, size, slots, self.rows, self.mesh)
@@ -114,9 +116,10 @@ def weight_bytes(config: GLMConfig, precision: Precision) -> int:
 
 
 def cache_bytes(config: GLMConfig, size: int, slots: int, rows: int) -> int:
-    """Return the bytes of keys and values of every layer, `size` bytes a number."""
-    numbers = config.num_layers * 2 * config.num_kv_heads * config.head_dim
-    return numbers * size * slots * rows
+    """Return the bytes of keys and values of every layer, `size` bytes a number; 1 = int8, with a
+    scale for each vector."""
+    vectors = config.num_layers * 2 * config.num_kv_heads
+    return vectors * vector_bytes(config.head_dim, size) * slots * rows
 
 
 def temporary_bytes(plan: Plan, config: GLMConfig, rows: int, chunk: int) -> int:
