@@ -90,9 +90,11 @@ def run(settings: Settings) -> dict[str, Any]:
     choice, batch = find_choice(settings.choice), settings.batch_size
     settings = dataclasses.replace(settings, choice=choice)
     _check_folder(settings)
-    choice = settings.compare[0].of(choice) if settings.compare else choice
+    options = settings.options
+    if settings.compare:
+        choice, options = settings.compare[0].of(choice), settings.compare[0].with_cache(options)
     contents = {"rows": [row for _, row in rows]}
-    engine = open_engine(choice, settings.options, rows=batch, contents=contents)
+    engine = open_engine(choice, options, rows=batch, contents=contents)
     material = prepare(engine, rows, bad, settings.window, settings.stride)
     if settings.compare:
         figures = {"variants": _compare(settings, settings.compare, engine, material)}
@@ -134,7 +136,7 @@ def _compare(
     results = []
     for variant in compared[1:]:
         note(f"comparing {compared[0].name} with {variant.name}")
-        engine = open_engine(variant.of(settings.choice), options, rows=batch)
+        engine = open_engine(variant.of(settings.choice), variant.with_cache(options), rows=batch)
         total, other = measure([first, engine], material, batch)
         if not results:
             results.append(_figures(compared[0], first, material, total))
@@ -149,6 +151,7 @@ def _figures(variant: Variant, engine: Engine, material: Material, total: Total)
         "variant": variant.name,
         "dtype": summary.dtype,
         "quantization": summary.quantization or "none",
+        "kv": engine.executor.kv,
         "weight_bytes": weight_bytes(engine),
         **total.likelihood(material),
         **total.distance(),

@@ -129,11 +129,11 @@ def temporary_bytes(plan: Plan, config: GLMConfig, rows: int, chunk: int) -> int
     `rows` and `chunk` (tokens of a prefill) are the part of one device.
     """
     slots, form = plan.context, (config, plan.precision, plan.platform)
-    slot, most = rows * _slot(*form) * config.num_layers, 0
+    slot, most = rows * _slot(*form, plan.kv) * config.num_layers, 0
     for size in (*(1 << power for power in range(6, (slots - 1).bit_length())), slots):
         prompt = min(max(1, chunk // rows), size)
         for width, drawn in ((plan.columns, plan.columns), (prompt, 1)):
-            needed = program_bytes(*form, plan.prefix + size, rows, width, drawn)
+            needed = program_bytes(*form, plan.prefix + size, rows, width, drawn, plan.kv)
             most = max(most, needed - (slots - size) * slot)
     # The cache grows by copying a smaller one: at most the bucket before it, where the model's
     # context ends the growth early.
@@ -141,9 +141,10 @@ def temporary_bytes(plan: Plan, config: GLMConfig, rows: int, chunk: int) -> int
     return max(most, (smaller + plan.prefix) * slot)
 
 
-def _slot(config: GLMConfig, precision: Precision, platform: str) -> int:
+def _slot(config: GLMConfig, precision: Precision, platform: str, kv: str) -> int:
     """Return keys and values of one token in one layer."""
-    return 2 * config.num_kv_heads * config.head_dim * precision.cache_size(platform)
+    size = precision.cache_size(platform, kv)
+    return 2 * config.num_kv_heads * vector_bytes(config.head_dim, size)
 
 
 def program_bytes(
@@ -154,6 +155,7 @@ def program_bytes(
     rows: int,
     width: int,
     drawn: int = 1,
+    kv: str = "auto",
 ) -> int:
     """Return what a program needs that reads `width` tokens of every row into a cache of `slots`,
     and draws a token after each of the last `drawn`: both are 1 in a plain decode step, and more
@@ -161,7 +163,9 @@ def program_bytes(
     D, F, N, H = config.hidden_size, config.ffn_hidden_size, config.num_heads, config.head_dim
     size, scheme, tokens = precision.size, precision.scheme, rows * width
     hidden = 2 * tokens * D * size  # the hidden states, and the same normalized
-    layer = rows * slots * _slot(config, precision, platform)
+    layer = rows * slots * _slot(config, precision, platform, kv)
+    if platform == "cpu" and kv == "int8":  # integers are converted before a product
+        layer = rows * slots * 2 * config.num_kv_heads * H * size
 
     scores, sums, early = rows * N * width * slots, 0, 0
     if scores > SCORES:  # attention block by block

@@ -11,6 +11,7 @@ from infer.batching.options import BatchOptions
 from infer.engine.params import SamplingParams
 from infer.engine.session import Session
 from tests.support.engine_toy import finished, streamed, toy_engine
+from tests.support.mesh_process import run
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24)
 PROMPTS = [[*range(5, 95)], [7, 8, 9], [9] * 30, [40, 12] * 20]
@@ -81,3 +82,12 @@ def test_slots_answer_as_each_alone_and_reuse_what_they_hold(engine, alone):
         pass
     assert job.row.stats.reused_tokens == len(longer) - 3
     assert ids_of(found[-1]) == ids_of(finished(engine.run([longer], GREEDY)))
+
+
+def test_a_mesh_answers_as_one_device():
+    """With four parts of the rows and two of the key/value heads; scales are cut like integers."""
+    found = run("tests.support.mesh_kv")
+    assert found["differ"] == []
+    assert found["parts"] == [[2, 1, 1, 64, 8], [2, 1, 1, 64]]
+    # In place, and nothing larger than the logits of a step moves between devices.
+    assert found["alias"] >= found["cache"] and found["moved"] <= 4 * 104
