@@ -164,8 +164,9 @@ def program_bytes(
     size, scheme, tokens = precision.size, precision.scheme, rows * width
     hidden = 2 * tokens * D * size  # the hidden states, and the same normalized
     layer = rows * slots * _slot(config, precision, platform, kv)
-    if platform == "cpu" and kv == "int8":  # integers are converted before a product
-        layer = rows * slots * 2 * config.num_kv_heads * H * size
+    copies = 1 if width == 1 or platform == "tpu" else 2
+    if platform == "cpu" and kv == "int8":  # integers are converted, scaled probabilities copied
+        layer, copies = rows * slots * 2 * config.num_kv_heads * H * size, copies + (width > 1)
 
     scores, sums, early = rows * N * width * slots, 0, 0
     if scores > SCORES:  # attention block by block
@@ -180,7 +181,6 @@ def program_bytes(
         # Keys are read in place; probabilities are rounded for the product with values.
         attention = scores * (_FLOAT32 + size) + layer // 2 + sums
     else:
-        copies = 1 if width == 1 or platform == "tpu" else 2
         attention = copies * scores * _FLOAT32 + layer
 
     C = config.mlp_inputs

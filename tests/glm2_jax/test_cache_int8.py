@@ -64,8 +64,9 @@ def test_attention_is_that_to_dequantized_keys_and_values(scores, dtype, monkeyp
     found = attend(q, k, v, visible)
     expected = attend(q, restored(k), restored(v), visible)
     assert found.dtype == dtype and jnp.isfinite(found).all()
-    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 0.02, "atol": 0.1}
-    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), **close)
+    rtol, atol = (1e-5, 1e-5) if dtype == jnp.float32 else (0.02, 0.1)
+    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
 
 
 def steps(dtype):
