@@ -67,8 +67,8 @@ def attend(
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
     form = forms.chosen().of_attention(Attention(T, S))
-    plain = not isinstance(k, QTensor)
-    if form is not None and plain and dropout is None and not active_mesh():
+    floats = not isinstance(k, QTensor)  # the other forms know nothing else
+    if form is not None and floats and dropout is None and not active_mesh():
         return ATTENTION[form](q, k, v, visible)
     q = q.reshape(B, T, K, N // K, H)
     local = B * N // (pieces("B", B) * pieces("N", N))  # rows times heads on one device

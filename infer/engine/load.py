@@ -66,12 +66,10 @@ def load(
         path: a folder that `convert.load_checkpoint` knows, or a hub's "owner/name"; None = demo.
         dtype, quantize, quantize_embeddings, rope_kind, template, family: of `load_checkpoint`.
         layers: "stacked" or "list"; None = what is faster on the device.
-        mesh: over all devices, those of other processes included: "data=2,tensor=4", axis -> size,
-            or a `jax.sharding.Mesh`; None = one device.
+        mesh: over all devices of all processes: "data=2,tensor=4", axis -> size, a `Mesh`; or None.
         max_length, prefill_chunk: of prompt and answer (None = 8192, or what the model has), of all
             prompts in one prefill (None = 2048); in tokens.
-        speculate: draft tokens per step, see `infer.engine.drafts`; 0 = off.
-        kv: how keys and values are stored, see `Engine`: "auto" or "int8".
+        speculate, kv: draft tokens per step, form of the cache; see `Engine`.
         tuned: forms of products: "auto" = as a command measured, "off", or a file of `infer.tune`.
         device: "auto" (or None), "cpu", "gpu", "tpu", or a `jax.Device`.
         adapter, force_adapter: folder of a LoRA adapter; accept one of another base or template.
