@@ -125,7 +125,9 @@ def _weighted(probs: jax.Array, v: jax.Array | QTensor, dtype: Any) -> jax.Array
     Integers are multiplied as `dtype`.
     """
     if isinstance(v, QTensor):  # the probabilities are scaled, see `_products`
-        return _weighted(probs * v.scale[:, :, None, None], v.values.astype(dtype), dtype)
+        # By the scales alone they would be too small for float16.
+        largest = 127 * v.scale[:, :, None, None]
+        return _weighted(probs * largest, v.values.astype(dtype), dtype) / 127
     return einsum("BKGTS,BKSH->BKGTH", probs.astype(v.dtype), v)
 
 

@@ -50,7 +50,9 @@ class KVCache:
 
         def stored() -> Stored:
             zeros = jnp.zeros(shape, dtype)
-            return QTensor(zeros, jnp.zeros(shape[:-1]), 8) if dtype == jnp.int8 else zeros
+            if dtype != jnp.int8:
+                return zeros
+            return QTensor(zeros, jnp.zeros(shape[:-1], jnp.float32), 8)
 
         def make() -> KVCache:
             return cls(

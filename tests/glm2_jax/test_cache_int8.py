@@ -69,6 +69,15 @@ def test_attention_is_that_to_dequantized_keys_and_values(scores, dtype, monkeyp
     np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
 
 
+def test_small_probabilities_of_small_values_count_in_float16():
+    """Each of 4096 keys has the same; times a scale of 0.001 it has four bits left in float16."""
+    q, k = jnp.zeros((1, 1, 1, H), jnp.float16), jnp.zeros((1, 1, 4096, H), jnp.float16)
+    v = 0.05 + jax.random.uniform(jax.random.key(0), k.shape) / 20
+    visible = Visibility(jnp.full((1, 1), 4095), jnp.ones((1, 1)), jnp.ones((1, 4096)))
+    found = attend(q, quantize_vectors(k), quantize_vectors(v.astype(jnp.float16)), visible)
+    np.testing.assert_allclose(found[0, 0, 0], v.mean((0, 1, 2)), rtol=2e-3)
+
+
 def steps(dtype):
     """A prompt in two parts, then rows 1 and 3 alone in a view, then a step of all: their logits,
     and the cache."""
