@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -23,6 +24,7 @@ from glm2_jax.forms import Attention
 from glm2_jax.limits import KEYS, SCORES
 from glm2_jax.linear import einsum
 from glm2_jax.mesh import active_mesh, pieces
+from glm2_jax.quant import QTensor
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: a query that sees nothing gives no NaN
 
@@ -50,22 +52,23 @@ class Visibility:
 
 def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | QTensor,
+    v: jax.Array | QTensor,
     visible: Visibility,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Compute softmax(q k^T / sqrt(H)) v over the keys that each query sees: [B, T, N, H].
 
-    q is [B, T, N, H]; k and v are [B, K, S, H] in its dtype or a wider one. Unseen keys may hold
-    anything, NaN included; all values are finite, see `finite_values`. The result has q's dtype;
-    that of a query that sees nothing is finite and arbitrary. With `dropout`, which is applied to
-    them, all probabilities are computed at once.
+    q is [B, T, N, H]; k and v are [B, K, S, H] in its dtype or a wider one, or int8 with scales
+    [B, K, S]. Unseen keys may hold anything, NaN included; all values are finite, see
+    `finite_values`. The result has q's dtype; that of a query that sees nothing is finite and
+    arbitrary. With `dropout`, which is applied to them, all probabilities are computed at once.
     """
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
     form = forms.chosen().of_attention(Attention(T, S))
-    if form is not None and dropout is None and not active_mesh():
+    floats = not isinstance(k, QTensor)  # the other forms know nothing else
+    if form is not None and floats and dropout is None and not active_mesh():
         return ATTENTION[form](q, k, v, visible)
     q = q.reshape(B, T, K, N // K, H)
     local = B * N // (pieces("B", B) * pieces("N", N))  # rows times heads on one device
@@ -83,7 +86,7 @@ def attend(
     else:
         probs = jax.nn.softmax(scaled_scores(q, k, visible.mask(0, S)), axis=-1)
         probs = probs if dropout is None else dropout(probs)
-        out = einsum("BKGTS,BKSH->BKGTH", probs.astype(v.dtype), v)
+        out = _weighted(probs, v, q.dtype)
         out = jnp.einsum("BKGTH->BTKGH", out)
     return out.reshape(B, T, N, H).astype(q.dtype)
 
@@ -99,18 +102,37 @@ def finite_values(k: jax.Array, v: jax.Array, real: jax.Array) -> tuple[jax.Arra
     return jnp.where(finite | ~real[..., None, None], k, jnp.nan), jnp.where(finite, v, 0)
 
 
-def scaled_scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+def scaled_scores(q: jax.Array, k: jax.Array | QTensor, mask: jax.Array) -> jax.Array:
     """Return q k^T / sqrt(H), the lowest float32 where the mask [B, T, S] is False.
 
     The queries are [B, T, K, G, H], the keys [B, K, S, H], the scores float32 [B, K, G, T, S].
     """
     q = jnp.einsum("BTKGH->BKGTH", q)
-    scores = einsum("BKGTH,BKSH->BKGTS", q, k) / jnp.sqrt(jnp.float32(q.shape[-1]))
+    scores = _products(q, k) / jnp.sqrt(jnp.float32(q.shape[-1]))
     return jnp.where(mask[:, None, None], scores, _LOWEST)
 
 
+def _products(q: jax.Array, k: jax.Array | QTensor) -> jax.Array:
+    """Return q k^T of [B, K, G, T, H] and [B, K, S, H]: float32 [B, K, G, T, S]."""
+    if isinstance(k, QTensor):  # the scores are scaled: no float keys are written to memory
+        return _products(q, k.values.astype(q.dtype)) * k.scale[:, :, None, None]
+    return einsum("BKGTH,BKSH->BKGTS", q, k)
+
+
+def _weighted(probs: jax.Array, v: jax.Array | QTensor, dtype: Any) -> jax.Array:
+    """Sum values [B, K, S, H] by float32 probabilities [B, K, G, T, S]: float32 [B, K, G, T, H].
+
+    Integers are multiplied as `dtype`.
+    """
+    if isinstance(v, QTensor):  # the probabilities are scaled, see `_products`
+        # By the scales alone they would be too small for float16.
+        largest = 127 * v.scale[:, :, None, None]
+        return _weighted(probs * largest, v.values.astype(dtype), dtype) / 127
+    return einsum("BKGTS,BKSH->BKGTH", probs.astype(v.dtype), v)
+
+
 def _over_blocks(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, size: int
+    q: jax.Array, k: jax.Array | QTensor, v: jax.Array | QTensor, visible: Visibility, size: int
 ) -> jax.Array:
     """Attend from [B, T, K, G, H] queries to blocks of `size` keys, by online softmax."""
     S = k.shape[2]
@@ -120,15 +142,16 @@ def _over_blocks(
         largest, total, out = carry
         first = jnp.minimum(start, S - size)  # the last block may overlap the one before it
         mask = visible.mask(first, size) & (first + jnp.arange(size) >= start)
-        keys = jax.lax.dynamic_slice_in_dim(k, first, size, axis=2)
-        values = jax.lax.dynamic_slice_in_dim(v, first, size, axis=2)
+        keys, values = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=2), (k, v)
+        )
         scores = scaled_scores(q, keys, mask)
         # The result does not depend on what is subtracted.
         new_largest = jnp.maximum(largest, jax.lax.stop_gradient(scores).max(axis=-1))
         weights = jnp.exp(scores - new_largest[..., None])
         shrink = jnp.exp(largest - new_largest)
         total = total * shrink + weights.sum(axis=-1)
-        added = einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values)
+        added = _weighted(weights, values, q.dtype)
         return new_largest, total, out * shrink[..., None] + added
 
     @jax.checkpoint

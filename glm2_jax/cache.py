@@ -1,9 +1,10 @@
-"""The key/value cache, whose shape never changes."""
+"""The key/value cache, whose shape never changes: floats, or int8 with a scale for each vector."""
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -14,9 +15,13 @@ from glm2_jax.blanks import Blanks
 from glm2_jax.config import GLMConfig
 from glm2_jax.mesh import active_mesh, constrain
 from glm2_jax.prefix import Prefix
+from glm2_jax.quant import QTensor, quantize_vectors
 
-# Letters of `glm2_jax.model`; without those of a bidirectional context, which are all [B].
+# Letters of `glm2_jax.model`; without those of a bidirectional context, which are all [B]. Scales
+# have all but the last.
 AXES = {"k": "LBKSH", "v": "LBKSH", "length": "B", "prefix": "B"}
+
+Stored = jax.Array | QTensor  # floats, or int8 with a scale for each vector [H]
 
 
 @flax.struct.dataclass
@@ -27,8 +32,8 @@ class KVCache:
     `length` of a row to its `prefix` frees the row for another sequence.
     """
 
-    k: jax.Array  # [L, B, K, S, H], already rotated
-    v: jax.Array  # [L, B, K, S, H], always finite: see `glm2_jax.attention.finite_values`
+    k: Stored  # [L, B, K, S, H], already rotated
+    v: Stored  # [L, B, K, S, H], always finite: see `glm2_jax.attention.finite_values`
     length: jax.Array  # int32 [B], written slots
     prefix: jax.Array  # int32 [B], leading slots that have no position (prefix tuning)
     # Where the blanks of each row are; None for families with a causal context.
@@ -38,15 +43,21 @@ class KVCache:
     def zeros(cls, config: GLMConfig, batch: int, size: int, dtype) -> KVCache:
         """Make an empty cache of `batch` rows with `size` slots, sharded over an active mesh.
 
-        It is zeros, not uninitialized memory: an unseen value is multiplied by a probability of 0,
-        and 0 * NaN is NaN.
+        With the dtype int8 keys and values are quantized. It is zeros, not uninitialized memory: an
+        unseen value is multiplied by a probability of 0, and 0 * NaN is NaN.
         """
         shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_dim)
 
+        def stored() -> Stored:
+            zeros = jnp.zeros(shape, dtype)
+            if dtype != jnp.int8:
+                return zeros
+            return QTensor(zeros, jnp.zeros(shape[:-1], jnp.float32), 8)
+
         def make() -> KVCache:
             return cls(
-                k=jnp.zeros(shape, dtype),
-                v=jnp.zeros(shape, dtype),
+                k=stored(),
+                v=stored(),
                 length=jnp.zeros(batch, jnp.int32),
                 prefix=jnp.zeros(batch, jnp.int32),
                 blanks=Blanks.none(batch) if config.block.bidirectional else None,
@@ -56,7 +67,7 @@ class KVCache:
 
     def pinned(self) -> KVCache:
         """Constrain the cache to the active mesh, as `glm2_jax.sharding.cache_sharding` says."""
-        pinned = {name: constrain(getattr(self, name), *axes) for name, axes in AXES.items()}
+        pinned = {name: _pinned(getattr(self, name), axes) for name, axes in AXES.items()}
         blanks = jax.tree.map(lambda x: constrain(x, "B"), self.blanks)
         return dataclasses.replace(self, **pinned, blanks=blanks)
 
@@ -70,11 +81,15 @@ class KVCache:
             return cls.zeros(config, batch, size, dtype)
         P = prefix.length
         empty = cls.zeros(config, batch, P + size, dtype)
-        k, v = (x.swapaxes(1, 2)[:, None].astype(dtype) for x in (prefix.k, prefix.v))
+
+        def begun(empty: Stored, prefix: jax.Array) -> Stored:
+            new = _as_stored(prefix.swapaxes(1, 2)[:, None], empty)
+            return jax.tree.map(lambda x, new: x.at[:, :, :, :P].set(new), empty, new)
+
         return dataclasses.replace(
             empty,
-            k=empty.k.at[:, :, :, :P].set(k),
-            v=empty.v.at[:, :, :, :P].set(v),
+            k=begun(empty.k, prefix.k),
+            v=begun(empty.v, prefix.v),
             length=jnp.full(batch, P, jnp.int32),
             prefix=jnp.full(batch, P, jnp.int32),
         ).pinned()
@@ -85,23 +100,40 @@ class KVCache:
         return self.k.shape[3]
 
 
+def _pinned(x: Any, axes: str) -> Any:
+    return jax.tree.map(lambda array: constrain(array, *axes[: array.ndim]), x)
+
+
+def _as_stored(new: jax.Array, cache: Stored) -> Stored:
+    """Return floats [..., H] as a cache keeps them."""
+    return quantize_vectors(new) if isinstance(cache, QTensor) else new.astype(cache.dtype)
+
+
 def write_layer(
-    cache: jax.Array,
+    cache: Stored,
     new: jax.Array,
     layer: jax.Array,
     slots: jax.Array,
     rows: jax.Array | None = None,
-) -> jax.Array:
+) -> Stored:
     """Write [R, T, K, H] into slots [R, T] of one layer of [L, B, K, S, H], in one scatter.
 
     `rows` are the rows of the cache, int32 [R], None = all. A row or slot past the end is not
     written; no place occurs twice.
     """
+    write = partial(_write, layer=layer, slots=slots, rows=rows)
+    return jax.tree.map(write, cache, _as_stored(new, cache))
+
+
+def _write(
+    cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array, rows: jax.Array | None
+) -> jax.Array:
+    """Do so for an array: [L, B, K, S, H], or [L, B, K, S] of scales."""
     heads = jnp.arange(cache.shape[2], dtype=jnp.int32)
     if rows is not None or not active_mesh():
         rows = jnp.arange(len(slots), dtype=jnp.int32) if rows is None else rows
         places = cache.at[layer, rows[:, None, None], heads, slots[:, :, None]]
-        return constrain(places.set(new, mode="drop", unique_indices=True), *AXES["k"])
+        return _pinned(places.set(new, mode="drop", unique_indices=True), AXES["k"])
     # Each form keeps every row on its device on the platforms it is for. XLA's partitioner moves
     # rows between devices for the first form; the TPU compiler copies the cache for the second, and
     # without a fixed layout it transposes all of it twice per layer if several tokens are written.
@@ -109,14 +141,13 @@ def write_layer(
         "tpu": lambda *args: _rows_first(_scatter(*args)),
         "default": partial(_scatter, apart=True),
     }
-    new = new.astype(cache.dtype)
-    return constrain(jax.lax.platform_dependent(cache, new, layer, slots, **forms), *AXES["k"])
+    return _pinned(jax.lax.platform_dependent(cache, new, layer, slots, **forms), AXES["k"])
 
 
 def _scatter(cache, new, layer, slots, apart: bool = False) -> jax.Array:
     """Scatter with rows and heads as indices that count up, or (`apart`) as batch dimensions."""
     dimensions = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(3,),
+        update_window_dims=tuple(range(3, new.ndim)),
         inserted_window_dims=(0, 3) if apart else (0, 1, 2, 3),
         scatter_dims_to_operand_dims=(0, 3) if apart else (0, 1, 2, 3),
         operand_batching_dims=(1, 2) if apart else (),
@@ -131,19 +162,27 @@ def _scatter(cache, new, layer, slots, apart: bool = False) -> jax.Array:
 
 
 def read_layer(
-    cache: jax.Array, layer: jax.Array, rows: jax.Array | None = None, view: int | None = None
-) -> jax.Array:
+    cache: Stored, layer: jax.Array, rows: jax.Array | None = None, view: int | None = None
+) -> Stored:
     """Return the first `view` slots (None = all) of one layer of [L, B, K, S, H]: [R, K, view, H].
 
     `rows` are the rows of the cache, int32 [R], None = all. One past the end gives any other's.
     """
+    return jax.tree.map(partial(_read, layer=layer, rows=rows, view=view), cache)
+
+
+def _read(
+    cache: jax.Array, layer: jax.Array, rows: jax.Array | None, view: int | None
+) -> jax.Array:
+    """Do so for an array: [L, B, K, S, H], or [L, B, K, S] of scales."""
     if rows is None:
-        sizes = (1, *cache.shape[1:3], view or cache.shape[3], cache.shape[4])
-        starts = (jnp.asarray(layer, jnp.int32), *[jnp.int32(0)] * 4)  # one type, also in x64
+        sizes = (1, *cache.shape[1:3], view or cache.shape[3], *cache.shape[4:])
+        zeros = [jnp.int32(0)] * (cache.ndim - 1)
+        starts = (jnp.asarray(layer, jnp.int32), *zeros)  # one type, also in x64
         slots = jax.lax.dynamic_slice(cache, starts, sizes)[0]
     else:
         slots = cache.at[layer, rows, :, :view].get(mode="clip")
-    slots = constrain(slots, *"BKSH")
+    slots = _pinned(slots, "BKSH")
     # Without a fixed layout XLA:GPU transposes the cache at the start of every program, to suit its
     # dots, and back at the end; the TPU compiler does so in every layer of a prefill.
     return jax.lax.platform_dependent(slots, cpu=lambda x: x, default=_rows_first)

@@ -15,6 +15,7 @@ STORED_DTYPES = ("float16", "bfloat16", "float32")  # of weights in a folder
 
 QUANTIZE = ("int8", "int4", "none")
 DEVICES = ("auto", "cpu", "gpu", "tpu")
+KV = ("auto", "int8")  # how a cache stores keys and values
 LAYER_LAYOUTS = ("stacked", "list")  # layers as stacked arrays, or as a list of layers
 
 FAMILIES = ("chatglm2", "chatglm3", "codegeex2", "glm4", "glm4-0414", "chatglm", "glm")

@@ -37,6 +37,11 @@ class QTensor:
     bits: int = flax.struct.field(pytree_node=False)  # 8 or 4
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The axes of the weight."""
+        return (*self.values.shape[:-1], self.values.shape[-1] * 8 // self.bits)
+
+    @property
     def size(self) -> int:
         """The number of elements of the weight."""
         return self.values.size * 8 // self.bits
@@ -63,6 +68,17 @@ def quantize(matrix: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray
     integers = np.rint(grouped, out=grouped).astype(np.int8).reshape(rows, columns)
     values = pack_int4(integers) if scheme.bits == 4 else integers
     return values, scale if scheme.grouped else scale[:, 0]
+
+
+def quantize_vectors(x: jax.Array) -> QTensor:
+    """Quantize float [*rows, columns] to int8 with a float32 scale for each row, max / 127.
+
+    A row that is not finite has zeros, and the scale NaN or Inf: its dequantized values are NaN.
+    """
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(-1) / 127, NO_SCALE)
+    integers = jnp.where(jnp.isfinite(scale)[..., None], jnp.rint(x / scale[..., None]), 0)
+    return QTensor(integers.astype(jnp.int8), scale, 8)
 
 
 def dequantize(weight: QTensor, rows: int) -> jax.Array:

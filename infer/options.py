@@ -155,9 +155,11 @@ def add_performance_options(
     mesh: bool = False,
     speculate: bool = False,
     chunk: bool = True,
+    kv: bool = True,
 ) -> argparse._ArgumentGroup:
     """Add the flags of where and how to compute, with `cards` that can only be planned for; return
-    their group. Without `chunk`, the command has its own flag for the tokens of a prefill."""
+    their group. Without `chunk`, the command has its own flag for the tokens of a prefill;
+    without `kv`, it has no cache, or none of this kind."""
     group = parser.add_argument_group("performance")
     more = f"; with --dry-run also one of {', '.join(cards)}" if cards else ""
     device = {"choices": (*DEVICES, *cards), "help": f"device: {', '.join(DEVICES)}{more}"}
@@ -167,6 +169,7 @@ def add_performance_options(
     add_flags(group, None, EngineOptions, limits)
     if mesh:
         add_mesh_options(group)
-    if speculate:
-        add_flags(group, None, EngineOptions, ("speculate",))
+    more = ("speculate",) * speculate + ("kv",) * kv
+    if more:
+        add_flags(group, None, EngineOptions, more)
     return group

@@ -95,7 +95,7 @@ def _contents(choice: ModelChoice, options: EngineOptions, folder: str | Path) -
     from convert.loading.folder import fingerprint, open_folder
 
     opened = open_folder(folder, **choice.form)
-    found = {"--dtype": choice.dtype, "--max-length": options.max_length}
+    found = {"--dtype": choice.dtype, "--max-length": options.max_length, "--kv": options.kv}
     found |= {"checkpoint": fingerprint(opened), "adapter": "", "prefix": ""}
     if choice.adapter is not None:
         form = {"family": choice.family, "force": choice.force_adapter}

@@ -8,6 +8,7 @@ from glm2_jax.choices import (
     DEVICES,
     DTYPES,
     FAMILIES,
+    KV,
     LAYER_LAYOUTS,
     QUANTIZE,
     ROPE_KINDS,
@@ -125,6 +126,12 @@ class EngineOptions:
         "often slower elsewhere and with many rows. The answers stay the same in float32; in "
         "narrower dtypes ties may be decided differently. Measured on a CPU only",
         type=_draft_tokens, default=0, metavar="N",
+    )  # fmt: skip
+    kv: str = flag(
+        "store keys and values in this: auto = the dtype of the activations (float32 on a CPU); "
+        "int8 = with a scale for each token and head, half of 16 bits: longer contexts and more "
+        "rows fit. infer.evaluate measures the cost in quality",
+        choices=KV, default="auto",
     )  # fmt: skip
     memory_limit: int | None = flag(
         "refuse a model that needs more memory, before it is loaded (default: what the device "

@@ -18,10 +18,12 @@ def compiler_options(platform: str) -> dict[str, str]:
     return {"xla_disable_hlo_passes": passes, "xla_cpu_prefer_vector_width": "512"}
 
 
-def cache_dtype(platform: str, dtype: Any) -> Any:
-    """Return the dtype of a cache for a model that computes in `dtype`.
+def cache_dtype(platform: str, dtype: Any, kv: str = "auto") -> Any:
+    """Return the dtype of a cache for a model that computes in `dtype`; `kv` is of `choices.KV`.
 
-    It is float32 on a CPU: XLA:CPU of jax 0.10 writes a token into a half-precision cache by
-    converting the complete cache to float32 and back, in every layer.
+    Floats are float32 on a CPU: XLA:CPU of jax 0.10 writes a token into a half-precision cache by
+    converting the complete cache to float32 and back, in every layer. It writes integers in place.
     """
+    if kv == "int8":
+        return jnp.int8
     return jnp.float32 if platform == "cpu" else dtype

@@ -223,6 +223,7 @@ class Batcher:
             batch=options.slots,
             chunk=max(options.budget, options.widths[-1]),
             columns=1 + self._draft,
+            kv=executor.kv,
         )
         return device_errors(f"{options.slots} slots of {options.size} tokens", explain)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from glm2_jax.choices import DTYPES, LAYER_LAYOUTS, QUANTIZE
+from glm2_jax.choices import DTYPES, KV, LAYER_LAYOUTS, QUANTIZE
 from glm2_jax.cli import arguments
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.model_choice import ModelChoice, add_model_options
@@ -80,6 +80,7 @@ class Settings:
         action=argparse.BooleanOptionalAction, default=True,
     )  # fmt: skip
     tuned: str = "off"  # whether forms are used that were measured; training has one for each
+    kv: str = "auto"  # how caches store keys and values; training has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,9 @@ class BenchSettings(Settings):
         choices=("auto", "off"), default="auto",
     )  # fmt: skip
 
+    kv: str = flag(
+        "how caches store keys and values, as in infer.generate", choices=KV, default="auto"
+    )
     preset: str | None = flag(
         "a 6B model on a consumer card: planned and measured memory and speed; measured only on a "
         "GPU, or with --device cpu",

@@ -19,14 +19,13 @@ from glm2_jax import GLMConfig
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.parts import tables_of
 from glm2_jax.runtime.buckets import bucket
-from glm2_jax.runtime.xla import cache_dtype
 from glm2_jax.schemes import COLUMN_AXES
 from infer.engine import steps
 from infer.engine.call import ROOM, parts
 from infer.engine.executor import Executor
 from infer.engine.params import SamplingParams
 from infer.engine.sampling import Sampling
-from infer.memory.precision import Precision
+from infer.memory.precision import Precision, vector_bytes
 from infer.memory.shares import (
     Sizes,
     computed_params,
@@ -67,7 +66,12 @@ class Shape:
 
 
 def work(
-    config: GLMConfig, precision: Precision, shape: Shape, platform: str, mesh: Sizes | None = None
+    config: GLMConfig,
+    precision: Precision,
+    shape: Shape,
+    platform: str,
+    mesh: Sizes | None = None,
+    kv: str = "auto",
 ) -> tuple[float, float]:
     """Return the least that a prefill, or a step on average, has to do on all devices together.
 
@@ -92,7 +96,7 @@ def work(
     tables, D = tables_of(config), config.hidden_size
     moved = total_bytes(params) - sum(total_bytes(params[name]) for name in tables)
     moved += len(tables) * tokens * D * dtype.itemsize
-    kept = np.dtype(cache_dtype(platform, dtype)).itemsize
+    kept = vector_bytes(config.head_dim, precision.cache_size(platform, kv)) / config.head_dim
     queries, keys, values = (layers[name].size // D for name in "qkv")  # of a token, all layers
     moved += rows * seen * (keys + values) * kept
     flops = 2 * sum(layers[name].size for name in COLUMN_AXES) * tokens
@@ -104,8 +108,8 @@ def work(
 class Workload:
     """What is timed of one model; `programs` compiles, and counts the seconds of it."""
 
-    def __init__(self, config: GLMConfig, params: Any):
-        self.config, self._executor = config, Executor(config, params)
+    def __init__(self, config: GLMConfig, params: Any, kv: str = "auto"):
+        self.config, self._executor = config, Executor(config, params, kv=kv)
         self.programs = self._executor.programs
 
     def prefill(self, shape: Shape) -> Run:

@@ -66,10 +66,10 @@ def task_of(config: GLMConfig, params: Any, variant: Variant, shape: Shape) -> T
     """Return the measurement of a prefill or of decode steps."""
     (device, *_), mesh = harness.devices_of(params), mesh_of(params)
     sizes = None if mesh is None else sizes_of(mesh.shape)
-    least = work(config, variant.precision, shape, device.platform, sizes)
+    least = work(config, variant.precision, shape, device.platform, sizes, variant.kv)
 
     def build() -> tuple[Any, float]:
-        load = Workload(config, params)
+        load = Workload(config, params, variant.kv)
         run = load.prefill(shape) if shape.prompt else load.decode(shape)
         return run, load.programs.seconds
 

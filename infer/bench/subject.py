@@ -39,6 +39,7 @@ class Variant:
     layers: str  # "list" or "stacked"
     weights: int = 0  # bytes of all parameters, once
     forms: Forms = Forms()  # that were chosen by measuring
+    kv: str = "auto"  # how the cache stores keys and values
 
     @property
     def precision(self) -> Precision:
@@ -46,9 +47,10 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """ "bfloat16, int4 weights, layers list"."""
+        """ "bfloat16, int4 weights, int8 cache, layers list"."""
         weights = "" if self.quantization == "none" else f", {self.quantization} weights"
-        return f"{self.dtype}{weights}, layers {self.layers}"
+        cache = "" if self.kv == "auto" else f", {self.kv} cache"
+        return f"{self.dtype}{weights}{cache}, layers {self.layers}"
 
 
 class Subject:
@@ -92,7 +94,8 @@ class Subject:
             params, quantization = checkpoint.params, checkpoint.summary.quantization or "none"
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         name = dtype_name(params["final_norm"].dtype)
-        return Variant(name, quantization, layers, weights, tuned.forms), params
+        kv = self.settings.kv
+        return Variant(name, quantization, layers, weights, tuned.forms, kv), params
 
     def _tuned(self, dtype: str, quantize: str | None, layers: str) -> Tuned:
         """Return the forms to compute in; they are measured now if they are not known yet."""

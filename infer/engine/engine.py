@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
+from glm2_jax.choices import KV
 from glm2_jax.errors import UsageError
 from glm2_jax.limits import DRAFT, PREFILL_CHUNK
 from glm2_jax.text import prompt
@@ -40,7 +41,10 @@ class Engine:
     processes of a mesh must make the same calls in the same order, so each from one thread.
 
     Args:
-        programs: compiled programs of another engine to share, see `Programs`; None = new ones.
+        kv: how caches store keys and values: "auto" = in the dtype of the activations, float32 on a
+            CPU; "int8" = with a scale for each token and head.
+        programs: compiled programs of another engine with the same `kv` to share, see `Programs`;
+            None = new ones.
         on_event: called with a kind ("compile") and a line of text, for progress of new ones.
 
     Attributes:
@@ -64,6 +68,7 @@ class Engine:
         max_length: int | None = None,
         prefill_chunk: int | None = None,
         speculate: int = 0,
+        kv: str = "auto",
         load_s: float = 0.0,
         programs: Programs | None = None,
         on_event: OnEvent | None = None,
@@ -79,7 +84,9 @@ class Engine:
         self.prefill_chunk = whole("prefill_chunk", chunk, 1)
         self.speculate = whole("speculate", speculate, 0, DRAFT)
         self.load_s = load_s
-        self.executor = Executor(self.config, checkpoint.params, programs, on_event=on_event)
+        if kv not in KV:
+            raise UsageError(f"kv must be one of {', '.join(KV)}, got {kv!r}")
+        self.executor = Executor(self.config, checkpoint.params, programs, kv=kv, on_event=on_event)
         self.device: Any = self.executor.device
         self.mesh: Mesh | None = self.executor.places.mesh
         self.stop_ids = prompt.stop_ids(self.tokenizer)

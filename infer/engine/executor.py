@@ -28,6 +28,7 @@ class Executor:
 
     Attributes:
         params: the weights; others of the same shapes and dtypes may replace them.
+        kv: how its caches store keys and values, of `glm2_jax.choices.KV`.
         device: where they are; on a mesh one of its devices, which stands for all.
         places: where arrays are placed.
         programs: the compiled programs, which several executors may share.
@@ -35,13 +36,19 @@ class Executor:
     """
 
     def __init__(
-        self, config: GLMConfig, params: Any, programs: Programs | None = None, **new: Any
+        self,
+        config: GLMConfig,
+        params: Any,
+        programs: Programs | None = None,
+        *,
+        kv: str = "auto",
+        **new: Any,
     ):
-        self.config, self.params = config, params
+        self.config, self.params, self.kv = config, params, kv
         devices = jax.tree.leaves(params)[0].sharding.addressable_devices
         self.device = min(devices, key=lambda device: device.id)
         self.places = Places(mesh_of(params), self.device)
-        self.cache_dtype = cache_dtype(self.device.platform, params["final_norm"].dtype)
+        self.cache_dtype = cache_dtype(self.device.platform, params["final_norm"].dtype, kv)
         self.programs = programs or Programs(self.device.platform, places=self.places, **new)
         self.made = Made()
         self._call: Callable = self.programs.call

@@ -45,6 +45,7 @@ def load(
     max_length: int | None = None,
     prefill_chunk: int | None = None,
     speculate: int = 0,
+    kv: str = "auto",
     tuned: str = "auto",
     device: Any = None,
     rope_kind: str | None = None,
@@ -65,11 +66,10 @@ def load(
         path: a folder that `convert.load_checkpoint` knows, or a hub's "owner/name"; None = demo.
         dtype, quantize, quantize_embeddings, rope_kind, template, family: of `load_checkpoint`.
         layers: "stacked" or "list"; None = what is faster on the device.
-        mesh: over all devices, those of other processes included: "data=2,tensor=4", axis -> size,
-            or a `jax.sharding.Mesh`; None = one device.
+        mesh: over all devices of all processes: "data=2,tensor=4", axis -> size, a `Mesh`; or None.
         max_length, prefill_chunk: of prompt and answer (None = 8192, or what the model has), of all
             prompts in one prefill (None = 2048); in tokens.
-        speculate: draft tokens per step, see `infer.engine.drafts`; 0 = off.
+        speculate, kv: draft tokens per step, form of the cache; see `Engine`.
         tuned: forms of products: "auto" = as a command measured, "off", or a file of `infer.tune`.
         device: "auto" (or None), "cpu", "gpu", "tpu", or a `jax.Device`.
         adapter, force_adapter: folder of a LoRA adapter; accept one of another base or template.
@@ -91,7 +91,7 @@ def load(
     over = None if mesh is None else find_mesh(mesh, device)
     where = {"mesh": over, "device": find_device(device) if mesh is None else None}
     folder = _find(path, source, revision)  # last: it may have to be downloaded
-    options = EngineOptions(max_length, prefill_chunk, speculate, tuned=tuned)
+    options = EngineOptions(max_length, prefill_chunk, speculate, kv=kv, tuned=tuned)
     enable_unless_set(compile_cache, warn=lambda line: on_event and on_event("warning", line))
     return open_choice(choice, options, folder, **where, on_event=on_event, progress=progress)
 
@@ -130,6 +130,7 @@ def open_choice(
         form=choice.form,
         prefix=prefix.length if prefix else 0,
         mesh=mesh,
+        kv=options.kv,
     )
     with device_errors(f"loading {folder}", explain):
         checkpoint = load_checkpoint(
@@ -151,6 +152,7 @@ def open_choice(
         max_length=options.max_length,
         prefill_chunk=options.prefill_chunk,
         speculate=options.speculate,
+        kv=options.kv,
         load_s=time.perf_counter() - start,
         on_event=on_event,
     )

@@ -73,7 +73,10 @@ class Places:
     def _place(self, x: Any) -> Any:
         assert self.mesh is not None
         if isinstance(x, KVCache):
-            cut: Any = {name: self._cut(getattr(x, name), axes) for name, axes in AXES.items()}
+            cut: Any = {
+                name: jax.tree.map(lambda part, axes=axes: self._cut(part, axes), getattr(x, name))
+                for name, axes in AXES.items()
+            }
             blanks = jax.tree.map(lambda row: self._cut(row, "B"), x.blanks)
             return KVCache(**cut, blanks=blanks)
         if isinstance(x, Output):
@@ -85,7 +88,7 @@ class Places:
 
     def _cut(self, x: Any, letters: str) -> NamedSharding:
         assert self.mesh is not None
-        letters = letters.ljust(np.ndim(x), ".")
+        letters = letters.ljust(np.ndim(x), ".")[: np.ndim(x)]
         return NamedSharding(self.mesh, partition(letters, np.shape(x), self.mesh.shape))
 
 

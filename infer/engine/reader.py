@@ -84,6 +84,7 @@ def read(
     explain = partial(
         when_answering, engine.config, engine.checkpoint.params, engine.device,
         context=size, batch=batch, chunk=(columns if whole else width) * batch,
+        kv=engine.executor.kv,
     )  # fmt: skip
     with device_errors(f"{batch} rows of up to {size} tokens", explain):
         compute = (_from_states if whole else _from_cache)(engine, tokens, real, size, width)

@@ -194,5 +194,6 @@ class Scheduler:
             batch=batch.size,
             chunk=batch.chunk,
             columns=1 + self._draft,
+            kv=executor.kv,
         )
         return device_errors(f"{prompts}, a cache of {batch.largest_cache} slots", explain)

@@ -102,8 +102,12 @@ def extend(config: GLMConfig, params: Any, part: Part, cache: KVCache) -> Read:
 
 def grow(size: int, cache: KVCache) -> KVCache:
     """Return a copy of the cache with more slots, the new ones zero."""
-    pad = [(0, 0)] * 3 + [(0, size - cache.size), (0, 0)]
-    return dataclasses.replace(cache, k=jnp.pad(cache.k, pad), v=jnp.pad(cache.v, pad))
+    more = (0, size - cache.size)
+
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [more if axis == 3 else (0, 0) for axis in range(x.ndim)])
+
+    return dataclasses.replace(cache, **jax.tree.map(padded, {"k": cache.k, "v": cache.v}))
 
 
 def fill(

@@ -21,6 +21,11 @@ class Variant:
     name: str
     dtype: str | None
     quantize: str | None
+    kv: str | None = None  # likewise
+
+    def with_cache(self, options: EngineOptions) -> EngineOptions:
+        """Return the options of this variant."""
+        return dataclasses.replace(options, kv=self.kv or options.kv)
 
     def of(self, choice: ModelChoice) -> ModelChoice:
         """Return the choice of this variant."""
@@ -37,13 +42,15 @@ def variants(text: str) -> tuple[Variant, ...]:
     """Parse variants such as "none,int8,float32:int4", at least two, for argparse."""
     found = []
     for name in dict.fromkeys(part.strip() for part in text.split(",")):
-        dtype, _, quantize = name.rpartition(":") if name not in DTYPES else (name, "", "")
+        form, _, last = name.rpartition(":")
+        kv, form = ("int8", form) if last == "kv" else (None, name)
+        dtype, _, quantize = form.rpartition(":") if form not in DTYPES else (form, "", "")
         if not name.strip(":") or dtype not in (*DTYPES, "") or quantize not in (*QUANTIZE, ""):
             raise argparse.ArgumentTypeError(
                 f"{name!r} must be one of {', '.join((*QUANTIZE, *DTYPES))}, or DTYPE:QUANTIZATION "
-                "such as float32:int8"
+                "such as float32:int8, or one of them with kv, such as int8:kv"
             )
-        found.append(Variant(name, dtype or None, quantize or None))
+        found.append(Variant(name, dtype or None, quantize or None, kv))
     if len(found) < 2:
         raise argparse.ArgumentTypeError(f"{text!r} must name at least two variants")
     return tuple(found)
@@ -82,8 +89,8 @@ class PerplexityOptions:
 
     compare: tuple[Variant, ...] | None = flag(
         "compare variants of the model, each a quantization (none, int8, int4), a dtype, or "
-        "both (bfloat16:int8): size, perplexity, distance of the logits from the first variant's; "
-        "two variants are in memory at once",
+        "both (bfloat16:int8), and with kv (kv, int8:kv) as --kv int8: size, perplexity, distance "
+        "of the logits from the first variant's; two variants are in memory at once",
         type=variants, metavar="A,B",
     )  # fmt: skip
     against: str | None = flag(

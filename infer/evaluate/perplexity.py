@@ -92,8 +92,9 @@ def run(settings: Settings) -> dict[str, Any]:
     settings = dataclasses.replace(settings, choice=choice)
     _check_folder(settings)
     (variant, choice), *others = _compared(settings)
+    options = variant.with_cache(settings.options)
     contents = {"rows": [row for _, row in rows]}
-    engine = open_engine(choice, settings.options, rows=batch, contents=contents)
+    engine = open_engine(choice, options, rows=batch, contents=contents)
     material = prepare(engine, rows, bad, settings.window, settings.stride)
     if others:
         figures = {"variants": _compare(settings, variant, others, engine, material)}
@@ -169,7 +170,7 @@ def _compare(
     results = []
     for another, choice in others:
         note(f"comparing {variant.name} with {another.name}")
-        engine = open_engine(choice, options, rows=batch)
+        engine = open_engine(choice, another.with_cache(options), rows=batch)
         total, other = measure([first, engine], material, batch)
         if not results:
             results.append(_figures(variant, first, material, total))
@@ -184,6 +185,7 @@ def _figures(variant: Variant, engine: Engine, material: Material, total: Total)
         "variant": variant.name,
         "dtype": summary.dtype,
         "quantization": summary.quantization or "none",
+        "kv": engine.executor.kv,
         "weight_bytes": weight_bytes(engine),
         **total.likelihood(material),
         **total.distance(),

@@ -93,12 +93,18 @@ def show(results: Mapping[str, Any], as_json: bool) -> None:
         if isinstance(value, list):
             compared = key == "variants"
             heads = _COLUMNS if compared else {name: name.replace("_", " ") for name in value[0]}
-            cells = [[_cell(name, row[name]) for name in heads] for row in value]
+            rows = [_with_cache(row) for row in value] if compared else value
+            cells = [[_cell(name, row[name]) for name in heads] for row in rows]
             lines += ["", *table([list(heads.values()), *cells], texts=2 if compared else 1)]
             lines += ["", *fold(_COMPARED, columns(80), indent="")] if compared else []
         elif value is not None:
             lines.append(f"{key.replace('_', ' '):20}  {_cell(key, value)}")
     print(join_lines(lines).strip("\n"), flush=True)
+
+
+def _with_cache(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the figures of a variant, the form of its cache named with that of its weights."""
+    return row if row["kv"] == "auto" else {**row, "quantization": f"{row['quantization']}, kv"}
 
 
 def _cell(key: str, value: Any) -> str:

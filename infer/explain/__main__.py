@@ -37,7 +37,7 @@ def parser() -> Parser:
     add_model_options(result)
     add_flags(result, "what is explained", SubjectOptions)
     add_flags(result, "with weights", ValueOptions)
-    add_performance_options(result)
+    add_performance_options(result, kv=False)
     add_flags(result, "devices", DeviceOptions)
     add_flags(result, "output", OutputOptions)
     result.add_common()

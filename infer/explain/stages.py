@@ -120,8 +120,8 @@ def _rotate_queries(q: jax.Array, context: TokenContext) -> jax.Array:
 
 
 def _through_cache(
-    k: jax.Array, v: jax.Array, ks: jax.Array, vs: jax.Array, context: TokenContext
-) -> tuple[jax.Array, jax.Array]:
+    k: jax.Array, v: jax.Array, ks: Any, vs: Any, context: TokenContext
+) -> tuple[Any, Any]:
     """Write new keys and values after the old ones; returns all, [B, K, S, H] each."""
     assert context.slots is not None
     layer = jnp.int32(0)

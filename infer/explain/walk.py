@@ -155,7 +155,7 @@ def _trace(config: GLMConfig, sizes: dict[str, int], take: stages.Take) -> None:
     ids = array((sizes["B"], sizes["T"]), jnp.int32)
 
     def context(ids: Any) -> tuple[Any, Any]:
-        cache = KVCache.zeros(config, sizes["B"], sizes["S"], jnp.float32)
+        cache: Any = KVCache.zeros(config, sizes["B"], sizes["S"], jnp.float32)
         found, _ = token_context(config, ids, None, None, cache, jnp.float32)
         return found, (cache.k[:1], cache.v[:1])
 

@@ -86,9 +86,9 @@ def _verdicts(sheet: Sheet, choice: ModelChoice, options: EngineOptions) -> Iter
     if not compiler.installed():
         return
     context = check_context(options.max_length, sheet.config)
-    chunk = options.prefill_chunk or PREFILL_CHUNK
+    more: Any = {"chunk": options.prefill_chunk or PREFILL_CHUNK, "kv": options.kv}
     for precision, label in sheet.labels.items():
-        plan = Plan(sheet.config, precision, context, platform=sheet.budget.platform, chunk=chunk)
+        plan = Plan(sheet.config, precision, context, platform=sheet.budget.platform, **more)
         note(f"compiling {label}, {context:,} tokens, for {choice.device}")
         yield compiler.ask(plan, choice.device, sheet.budget.memory)
 

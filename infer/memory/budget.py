@@ -122,6 +122,7 @@ def from_choice(
         "columns": 1 + options.speculate,
         "prefix": 0,
         "mesh": None,
+        "kv": options.kv,
     }
     budget = find_budget(choice.device, options.memory_limit)
     if choice.mesh is not None:

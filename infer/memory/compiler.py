@@ -70,6 +70,7 @@ def ask(plan: Plan, name: str, memory: int | None) -> Verdict:
         "topology": card.topology,
         "dtype": plan.precision.dtype,
         "quantize": plan.precision.quantize,
+        "kv": plan.kv,
         "slots": plan.context,
         "rows": plan.rows,
         "programs": {"step": 1, "prompt": min(max(1, plan.prefill // plan.rows), plan.context)},
@@ -117,7 +118,13 @@ def run_apart(module: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def peak_bytes(
-    config: GLMConfig, precision: Precision, slots: int, rows: int, width: int, device: Any
+    config: GLMConfig,
+    precision: Precision,
+    slots: int,
+    rows: int,
+    width: int,
+    device: Any,
+    kv: str = "auto",
 ) -> int:
     """Return the peak bytes of reading `width` tokens of every row, weights and cache included;
     raises JaxRuntimeError where it does not fit. Programs are compiled from shapes.
@@ -132,7 +139,7 @@ def peak_bytes(
     from glm2_jax.runtime.xla import cache_dtype
     from infer.memory.shares import abstract_params
 
-    kind = cache_dtype(device.platform, jnp.dtype(precision.dtype))
+    kind = cache_dtype(device.platform, jnp.dtype(precision.dtype), kv)
     cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, kind))
     tokens, last = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, width), (rows,)))
     place = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
@@ -168,8 +175,8 @@ def main() -> None:
     answer: dict[str, Any] = {"peak": peak}
     try:
         for name, width in request["programs"].items():
-            rows = request["rows"]
-            peak[name] = peak_bytes(config, precision, request["slots"], rows, width, device)
+            sizes = request["slots"], request["rows"], width
+            peak[name] = peak_bytes(config, precision, *sizes, device, request["kv"])
     except jax.errors.JaxRuntimeError as error:
         answer["error"] = str(error)
     print(json.dumps(answer))

@@ -21,7 +21,7 @@ from glm2_jax.parts import TABLE, parts_of, tables_of
 from glm2_jax.runtime.buckets import padded_batch
 from glm2_jax.schemes import COLUMN_AXES
 from infer.memory import shares
-from infer.memory.precision import Precision
+from infer.memory.precision import Precision, vector_bytes
 from infer.memory.shares import Sizes
 
 SHORTEST = 64  # slots of the smallest cache
@@ -49,6 +49,7 @@ class Plan:
     columns: int = 1  # tokens of each row that a step reads: one, and its draft tokens
     prefix: int = 0  # slots of each row before all tokens, for a prefix (P-Tuning v2)
     mesh: Sizes | None = None  # None = one device
+    kv: str = "auto"  # how the cache stores keys and values, of `glm2_jax.choices.KV`
 
     @property
     def rows(self) -> int:
@@ -71,7 +72,8 @@ class Plan:
 
     @cached_property
     def cache(self) -> int:
-        size, slots = self.precision.cache_size(self.platform), self.prefix + self.context
+        size = self.precision.cache_size(self.platform, self.kv)
+        slots = self.prefix + self.context
         if self.mesh is None:
             return cache_bytes(self.config, size, slots, self.rows)
         return shares.cache_share(self.config, size, slots, self.rows, self.mesh)
@@ -115,9 +117,10 @@ def weight_bytes(config: GLMConfig, precision: Precision) -> int:
 
 
 def cache_bytes(config: GLMConfig, size: int, slots: int, rows: int) -> int:
-    """Return the bytes of keys and values of every layer, `size` bytes a number."""
-    numbers = config.num_layers * 2 * config.num_kv_heads * config.head_dim
-    return numbers * size * slots * rows
+    """Return the bytes of keys and values of every layer, `size` bytes a number; 1 = int8, with a
+    scale for each vector."""
+    vectors = config.num_layers * 2 * config.num_kv_heads
+    return vectors * vector_bytes(config.head_dim, size) * slots * rows
 
 
 def temporary_bytes(plan: Plan, config: GLMConfig, rows: int, chunk: int) -> int:
@@ -127,11 +130,11 @@ def temporary_bytes(plan: Plan, config: GLMConfig, rows: int, chunk: int) -> int
     `rows` and `chunk` (tokens of a prefill) are the part of one device.
     """
     slots, form = plan.context, (config, plan.precision, plan.platform)
-    slot, most = rows * _slot(*form) * config.num_layers, 0
+    slot, most = rows * _slot(*form, plan.kv) * config.num_layers, 0
     for size in (*(1 << power for power in range(6, (slots - 1).bit_length())), slots):
         prompt = min(max(1, chunk // rows), size)
         for width, drawn in ((plan.columns, plan.columns), (prompt, 1)):
-            needed = program_bytes(*form, plan.prefix + size, rows, width, drawn)
+            needed = program_bytes(*form, plan.prefix + size, rows, width, drawn, plan.kv)
             most = max(most, needed - (slots - size) * slot)
     # The cache grows by copying a smaller one: at most the bucket before it, where the model's
     # context ends the growth early.
@@ -139,9 +142,10 @@ def temporary_bytes(plan: Plan, config: GLMConfig, rows: int, chunk: int) -> int
     return max(most, (smaller + plan.prefix) * slot)
 
 
-def _slot(config: GLMConfig, precision: Precision, platform: str) -> int:
+def _slot(config: GLMConfig, precision: Precision, platform: str, kv: str) -> int:
     """Return keys and values of one token in one layer."""
-    return 2 * config.num_kv_heads * config.head_dim * precision.cache_size(platform)
+    size = precision.cache_size(platform, kv)
+    return 2 * config.num_kv_heads * vector_bytes(config.head_dim, size)
 
 
 def program_bytes(
@@ -152,6 +156,7 @@ def program_bytes(
     rows: int,
     width: int,
     drawn: int = 1,
+    kv: str = "auto",
 ) -> int:
     """Return what a program needs that reads `width` tokens of every row into a cache of `slots`,
     and draws a token after each of the last `drawn`: both are 1 in a plain decode step, and more
@@ -159,7 +164,10 @@ def program_bytes(
     D, F, N, H = config.hidden_size, config.ffn_hidden_size, config.num_heads, config.head_dim
     size, scheme, tokens = precision.size, precision.scheme, rows * width
     hidden = 2 * tokens * D * size  # the hidden states, and the same normalized
-    layer = rows * slots * _slot(config, precision, platform)
+    layer = rows * slots * _slot(config, precision, platform, kv)
+    copies = 1 if width == 1 or platform == "tpu" else 2
+    if platform == "cpu" and kv == "int8":  # integers are converted, scaled probabilities copied
+        layer, copies = rows * slots * 2 * config.num_kv_heads * H * size, copies + (width > 1)
 
     scores, sums, early = rows * N * width * slots, 0, 0
     if scores > SCORES:  # attention block by block
@@ -174,7 +182,6 @@ def program_bytes(
         # Keys are read in place; probabilities are rounded for the product with values.
         attention = scores * (_FLOAT32 + size) + layer // 2 + sums
     else:
-        copies = 1 if width == 1 or platform == "tpu" else 2
         attention = copies * scores * _FLOAT32 + layer
 
     C = config.mlp_inputs

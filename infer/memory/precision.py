@@ -28,9 +28,17 @@ class Precision:
     def scheme(self) -> Scheme | None:
         return None if self.quantize is None else SCHEMES[self.quantize]
 
-    def cache_size(self, platform: str) -> int:
-        """Return the bytes of a number in the cache, which is float32 on a CPU."""
+    def cache_size(self, platform: str, kv: str = "auto") -> int:
+        """Return the bytes of a number in the cache: 1 = int8, else float32 on a CPU."""
+        if kv == "int8":
+            return 1
         return 4 if platform == "cpu" else self.size
+
+
+def vector_bytes(length: int, size: int) -> int:
+    """Return the bytes of a key or value of `length` numbers in the cache, `size` bytes each; with
+    1, which is int8, a float32 scale comes on top."""
+    return length * size + (4 if size == 1 else 0)
 
 
 def precisions(half: str = "bfloat16", stored: str | None = None) -> tuple[Precision, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from glm2_jax.config import GLMConfig
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, Scheme
-from infer.memory.precision import Precision
+from infer.memory.precision import Precision, vector_bytes
 
 Sizes = tuple[tuple[str, int], ...]  # (axis, size) of the mesh, hashable
 
@@ -68,7 +68,8 @@ def cache_share(config: GLMConfig, size: int, slots: int, rows: int, mesh: Sizes
 
     where: Any = cache_sharding(config, _without_devices(mesh)).k
     shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
-    return 2 * size * math.prod(where.shard_shape(shape))
+    vectors = math.prod(where.shard_shape(shape)[:-1])
+    return 2 * vectors * vector_bytes(config.head_dim, size)
 
 
 def share_of(config: GLMConfig, mesh: Sizes) -> GLMConfig:

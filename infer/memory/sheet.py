@@ -54,7 +54,7 @@ def make_sheet(
     **options: Any,
 ) -> Sheet:
     """Make plans for every precision that the flags `dtype` and `quantize` leave open; `options`
-    are those of every `Plan`: chunk, columns, prefix, mesh."""
+    are those of every `Plan`: chunk, columns, prefix, mesh, kv."""
     chosen = budget.precisions(stored, dtype, quantize)
     if dtype == "auto" and quantize is None:
         chosen = precisions(budget.half, stored)
@@ -148,6 +148,7 @@ def as_json(sheet: Sheet) -> dict[str, Any]:
                 "batch": plan.batch,
                 "speculate": plan.columns - 1,
                 "prefix": plan.prefix,
+                "kv": plan.kv,
                 **{name: getattr(plan, name) for name in sizes},
                 "fits": sheet.budget.fits(plan),
                 "tokens_per_second_bound": sheet.rate(plan),

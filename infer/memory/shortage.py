@@ -33,10 +33,11 @@ def when_answering(
     batch: int,
     chunk: int,
     columns: int = 1,
+    kv: str = "auto",
 ) -> Shortage:
     """Return needed, free and what fits, for a call of an engine; the sizes are as in `Plan`."""
     context, prefix = min(context, config.context_limit), prefix_length(params)
-    options = {"batch": batch, "chunk": chunk, "columns": columns, "prefix": prefix}
+    options = {"batch": batch, "chunk": chunk, "columns": columns, "prefix": prefix, "kv": kv}
     return _shortage(device, mesh_of(params), None, config, _precision(params), context, **options)
 
 
@@ -51,6 +52,7 @@ def when_loading(
     form: Mapping[str, Any],
     prefix: int = 0,
     mesh: Mesh | None = None,
+    kv: str = "auto",
 ) -> Shortage | None:
     """Return the same for loading a folder, opened with the options `form`; None where not even its
     files can be looked at."""
@@ -63,7 +65,7 @@ def when_loading(
     precision = Precision(dtype_name(target), None if scheme is None else scheme.name)
     stored = None if found.scheme is None else found.scheme.name
     tokens = min(context or DEFAULT_CONTEXT, found.config.context_limit)
-    return _shortage(device, mesh, stored, found.config, precision, tokens, prefix=prefix)
+    return _shortage(device, mesh, stored, found.config, precision, tokens, prefix=prefix, kv=kv)
 
 
 def budget_of(device: Any) -> Budget:

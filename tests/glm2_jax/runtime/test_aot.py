@@ -18,7 +18,7 @@ from glm2_jax import PRESETS, KVCache, last_logits
 from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import steps
 from infer.memory.precision import Precision
-from infer.memory.shares import abstract_params
+from infer.memory.shares import abstract_params, total_bytes
 from tests.support.mesh_shapes import compiled, int32
 
 CONFIG = PRESETS["chatglm2-6b-32k"]
@@ -98,6 +98,26 @@ def test_a_step_of_many_rows_copies_no_layer_of_the_cache(platform, view):
     assert memory.alias_size_in_bytes >= 2 * math.prod(cache.k.shape) * 2
     layer = math.prod(cache.k.shape[1:]) * (1 if view is None else view / slots)
     assert largest_results(program.as_text())[-1] < layer
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_step_makes_no_float_copy_of_an_int8_cache(platform):
+    rows, slots = 64, 4096
+    config = dataclasses.replace(CONFIG, num_layers=4)
+    params = abstract_params(config, Precision("bfloat16", None), stacked=platform == "tpu")
+    cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, jnp.int8))
+
+    def step(params, tokens, cache):
+        return last_logits(config, params, tokens, jnp.zeros(rows, jnp.int32), cache=cache)
+
+    program = compiled(platform, step, params, int32(rows, 1), cache, donate=2)
+    memory = program.memory_analysis()
+    print(f"{platform}: {memory.temp_size_in_bytes / MB:.1f} MB of temporaries")
+    layer = math.prod(cache.k.shape[1:])
+    assert memory.temp_size_in_bytes < layer  # 67 MB; in bfloat16 it is twice that
+    assert memory.alias_size_in_bytes >= total_bytes((cache.k, cache.v))
+    if platform == "cuda":
+        assert largest_results(program.as_text())[-1] < layer
 
 
 @pytest.mark.parametrize("quantization", ["int4", "int4-row"])

@@ -240,7 +240,20 @@ def test_variants_are_read(monkeypatch):
         ("float32:int8", "float32", "int8"),
         ("bf16", "bf16", None),
     ]
-    for text in ("int8", "none,int2", "none,,int8", ":", "int8,a:b", "int8,int8"):
+    cached = variants("none,kv,int8:kv,bf16:int4:kv")
+    assert [(v.dtype, v.quantize, v.kv) for v in cached] == [
+        (None, "none", None), (None, None, "int8"), (None, "int8", "int8"), ("bf16", "int4", "int8")
+    ]  # fmt: skip
+    for text in (
+        "int8",
+        "kv,kv",
+        "none,kv:int8",
+        "none,int2",
+        "none,,int8",
+        ":",
+        "int8,a:b",
+        "int8,int8",
+    ):
         with pytest.raises(SystemExit) as ending:
             parser().parse_args(["--compare", text])
         assert ending.value.code == 2
