@@ -15,11 +15,12 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from glm2_jax.errors import DeviceError
 from glm2_jax.products import PRODUCTS, Form, Weight, add
@@ -34,13 +35,13 @@ NAME = "native"
 _SECONDS = 600  # that a compiler may take
 
 
-def build(folder: Path | None = None, flags: tuple[str, ...] = FLAGS) -> Path:
-    """Compile the kernel, unless that was done before; returns the library's path.
+def build() -> Path:
+    """Compile the kernel and return the library's path.
 
     It appears complete or not at all. DeviceError: there is no compiler, it fails, or the folder
     cannot be written.
     """
-    path = library_path(folder, flags)
+    path = library_path()
     if path is None:
         raise DeviceError(
             "The native kernel cannot be kept.",
@@ -60,7 +61,7 @@ def build(folder: Path | None = None, flags: tuple[str, ...] = FLAGS) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".native-") as work:
             made = Path(work) / "products.so"
-            command = [compiler, *flags, "-isystem", jax.ffi.include_dir(), str(SOURCE)]
+            command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE)]
             subprocess.run(
                 [*command, "-o", str(made)],
                 check=True,
@@ -81,14 +82,15 @@ def build(folder: Path | None = None, flags: tuple[str, ...] = FLAGS) -> Path:
     return path
 
 
-def library_path(folder: Path | None = None, flags: tuple[str, ...] = FLAGS) -> Path | None:
+def library_path() -> Path | None:
     """Return where the library is, or would be; None = nowhere."""
-    if folder is None:
-        with contextlib.suppress(RuntimeError):  # no home folder
-            folder = user_cache("native", VARIABLE)
+    folder = None
+    with contextlib.suppress(RuntimeError):  # no home folder
+        folder = user_cache("native", VARIABLE)
     if folder is None:
         return None
-    parts = (SOURCE.read_bytes(), jaxlib.__version__, flags, processor(), vector_units())
+    versions = version("jaxlib"), FLAGS, processor(), vector_units()
+    parts = SOURCE.read_bytes(), versions
     return folder / f"products-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
 
 
@@ -123,7 +125,8 @@ def _suits(platform: str, x: jax.Array, w: Weight) -> bool:
 
 def _multiply(target: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
     """Multiply [M, C] by [R, C]: float32 [M, R]."""
-    values, scale, bits = w, jnp.zeros(0, jnp.float32), 0
+    values: Any = w
+    scale, bits = jnp.zeros(0, jnp.float32), 0
     if isinstance(w, QTensor):
         values, scale, bits = w.values, w.scale.astype(jnp.float32), w.bits
     result = jax.ShapeDtypeStruct((x.shape[0], values.shape[0]), jnp.float32)

@@ -1,9 +1,10 @@
 // Products of activations [M, C] and a weight [R, C], plain or quantized: float32 [M, R].
 //
-// The form "native" of glm2_jax/products.py, called by XLA through its FFI. A weight is read once for
-// up to `kMost` rows of activations: what it is stored as is converted in registers. Products of
-// float32 activations are those of float32 multiply-adds; activations in bfloat16 are exact in
-// float32, or are multiplied by the processor's product of bfloat16 pairs, which adds up in float32.
+// The form "native" of glm2_jax/products.py, called by XLA through its FFI. A weight is read once
+// for up to `kMost` rows of activations: what it is stored as is converted in registers. Products
+// of float32 activations are those of float32 multiply-adds; activations in bfloat16 are exact in
+// float32, or are multiplied by the processor's product of bfloat16 pairs, which adds up in
+// float32.
 //
 // Compiled on the machine that runs it, for its processor (glm2_jax/runtime/native.py).
 
@@ -48,8 +49,9 @@ T load(const void* from) {  // from any address
   return value;
 }
 
-// How a weight is stored. Each converts `kColumns` columns, stored in `kBytes`, to `kParts` vectors;
-// of two columns in a byte the first vector has the even ones. `scale` is that of a group of columns.
+// How a weight is stored. Each converts `kColumns` columns, stored in `kBytes`, to `kParts`
+// vectors; of two columns in a byte the first vector has the even ones. `scale` is that of a group
+// of columns.
 
 struct Float32 {
   static constexpr int kParts = 1, kColumns = W, kBytes = 4 * W;
@@ -168,8 +170,7 @@ class Activations {
 
   template <class From>
   Activations(const From* x, int64_t rows, int64_t columns)
-      : steps_((columns + Kind::kColumns - 1) / Kind::kColumns),
-        stride(steps_ * Kind::kColumns + 64 / sizeof(Number)),
+      : stride((columns + Kind::kColumns - 1) / Kind::kColumns * Kind::kColumns + kSpread),
         copy_(rows * stride) {
     for (int64_t m = 0; m < rows; ++m) {
       Number* to = copy_.data() + m * stride;
@@ -185,9 +186,14 @@ class Activations {
     }
   }
 
+  const int64_t stride;
+
   const Number* row(int64_t m) const { return copy_.data() + m * stride; }
 
  private:
+  // Rows whose distance is a power of 2 would share a few lines of the cache.
+  static constexpr int64_t kSpread = 64 / sizeof(Number);
+
   static Number convert(Number x) { return x; }
   template <class From>
   static Number convert(From x) {  // bfloat16
@@ -195,12 +201,6 @@ class Activations {
     return load<float>(&bits);
   }
 
-  int64_t steps_;
-
- public:
-  const int64_t stride;
-
- private:
   std::vector<Number> copy_;
 };
 
@@ -232,8 +232,8 @@ void multiply(const typename Kind::Number* x, int64_t stride, const Weight& w, i
   constexpr int U = M * R == 1 ? 4 : 1;  // sums that do not wait for each other
   Floats totals[M][R * U] = {};
   const uint8_t* rows = w.values + r * w.bytes;
-  const auto step = [&](const uint8_t* from, int64_t bytes, const float* scale, int u) __attribute__((
-                        always_inline)) {
+  float scale[R] = {};
+  const auto step = [&](const uint8_t* from, int64_t bytes, int u) __attribute__((always_inline)) {
     Vector numbers[R][Kind::kParts];
     for (int i = 0; i < R; ++i) Kind::read(from + i * bytes, scale[i], numbers[i]);
     for (int part = 0; part < Kind::kParts; ++part, x += Kind::kWide)
@@ -244,20 +244,19 @@ void multiply(const typename Kind::Number* x, int64_t stride, const Weight& w, i
       }
   };
   const int64_t group = w.bytes / w.groups;
-  float scale[R] = {};
   for (int64_t g = 0; g < w.groups; ++g) {
     if (Kind::kScaledInside)
       for (int i = 0; i < R; ++i) scale[i] = w.scale[(r + i) * w.groups + g];
     const uint8_t* from = rows + g * group;
     const uint8_t* const end = from + group / Kind::kBytes * Kind::kBytes;
     for (; from + U * Kind::kBytes <= end; from += U * Kind::kBytes)
-      for (int u = 0; u < U; ++u) step(from + u * Kind::kBytes, w.bytes, scale, u);
-    for (; from < end; from += Kind::kBytes) step(from, w.bytes, scale, 0);
+      for (int u = 0; u < U; ++u) step(from + u * Kind::kBytes, w.bytes, u);
+    for (; from < end; from += Kind::kBytes) step(from, w.bytes, 0);
   }
   if (const int64_t rest = group % Kind::kBytes) {  // there is one group only
     uint8_t padded[R][Kind::kBytes] = {};
     for (int i = 0; i < R; ++i) std::memcpy(padded[i], rows + (i + 1) * w.bytes - rest, rest);
-    step(padded[0], Kind::kBytes, scale, 0);
+    step(padded[0], Kind::kBytes, 0);
   }
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < R; ++i) {
