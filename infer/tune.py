@@ -27,7 +27,7 @@ from then on. One layer of the model's shapes with random weights is measured; n
 loaded. Commands do this by themselves at the first start of a model (--tuned auto).
 
 Exit codes: 0 success, 2 usage, 3 --output cannot be written, 4 the checkpoint cannot be opened, 5
-out of memory or device, 130 interrupted."""
+out of memory, device or C++ compiler, 130 interrupted."""
 EXAMPLE = f"{PROG} --random chatglm2-6b --dtype bfloat16 --quantize int8"
 
 

@@ -230,7 +230,7 @@ void multiply(const typename Kind::Number* x, int64_t stride, const Weight& w, i
               float* out) {
   using Vector = typename Kind::Vector;
   constexpr int U = M * R == 1 ? 4 : 1;  // sums that do not wait for each other
-  Floats totals[M][R * U] = {};
+  Floats totals[M][R] = {}, sums[M][R * U] = {};  // of all groups, of one
   const uint8_t* rows = w.values + r * w.bytes;
   float scale[R] = {};
   const auto step = [&](const uint8_t* from, int64_t bytes, int u) __attribute__((always_inline)) {
@@ -240,32 +240,32 @@ void multiply(const typename Kind::Number* x, int64_t stride, const Weight& w, i
       for (int m = 0; m < M; ++m) {
         const Vector several = load<Vector>(x + m * stride);
         for (int i = 0; i < R; ++i)
-          totals[m][i + u] = Kind::fma(several, numbers[i][part], totals[m][i + u]);
+          sums[m][i + u] = Kind::fma(several, numbers[i][part], sums[m][i + u]);
       }
   };
   const int64_t group = w.bytes / w.groups;
   for (int64_t g = 0; g < w.groups; ++g) {
-    if (Kind::kScaledInside)
-      for (int i = 0; i < R; ++i) scale[i] = w.scale[(r + i) * w.groups + g];
+    for (int i = 0; i < R; ++i) scale[i] = w.scale ? w.scale[(r + i) * w.groups + g] : 1;
     const uint8_t* from = rows + g * group;
     const uint8_t* const end = from + group / Kind::kBytes * Kind::kBytes;
     for (; from + U * Kind::kBytes <= end; from += U * Kind::kBytes)
       for (int u = 0; u < U; ++u) step(from + u * Kind::kBytes, w.bytes, u);
     for (; from < end; from += Kind::kBytes) step(from, w.bytes, 0);
-  }
-  if (const int64_t rest = group % Kind::kBytes) {  // there is one group only
-    uint8_t padded[R][Kind::kBytes] = {};
-    for (int i = 0; i < R; ++i) std::memcpy(padded[i], rows + (i + 1) * w.bytes - rest, rest);
-    step(padded[0], Kind::kBytes, 0);
+    if (const int64_t rest = group % Kind::kBytes) {  // of the only group
+      uint8_t padded[R][Kind::kBytes] = {};
+      for (int i = 0; i < R; ++i) std::memcpy(padded[i], rows + (i + 1) * w.bytes - rest, rest);
+      step(padded[0], Kind::kBytes, 0);
+    }
+    if (Kind::kScaledInside && g + 1 < w.groups) continue;
+    for (int m = 0; m < M; ++m)
+      for (int i = 0; i < R; ++i) {
+        for (int u = 1; u < U; ++u) sums[m][i] += sums[m][i + u];
+        totals[m][i] += Kind::kScaledInside ? sums[m][i] : sums[m][i] * scale[i];
+        for (int u = 0; u < U; ++u) sums[m][i + u] = Floats{};
+      }
   }
   for (int m = 0; m < M; ++m)
-    for (int i = 0; i < R; ++i) {
-      Floats all = totals[m][i];
-      for (int u = 1; u < U; ++u) all += totals[m][i + u];
-      const float total = sum(all);
-      const bool scaled = w.scale != nullptr && !Kind::kScaledInside;
-      out[m * w.rows + r + i] = scaled ? total * w.scale[r + i] : total;
-    }
+    for (int i = 0; i < R; ++i) out[m * w.rows + r + i] = sum(totals[m][i]);
 }
 
 // Calls work(0) ... work(count - 1) on XLA's threads, this one among them.
@@ -324,9 +324,11 @@ void multiply_by(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const Weight& w
     return product<InFloat32<Stored>>(pool, static_cast<const float*>(x.untyped_data()), M, w, out);
   const auto* halves = static_cast<const uint16_t*>(x.untyped_data());
 #if defined(__AVX512BF16__)
-  if constexpr (!std::is_same_v<Stored, Float32>)
-    if (w.groups == 1 && (M > 1 || std::is_same_v<Stored, BFloat16>))
+  if constexpr (!std::is_same_v<Stored, Float32>) {
+    const bool fits = w.groups == 1 || w.bytes / w.groups % InBFloat16<Stored>::kBytes == 0;
+    if (fits && (M > 1 || std::is_same_v<Stored, BFloat16>))
       return product<InBFloat16<Stored>>(pool, halves, M, w, out);
+  }
 #endif
   product<InFloat32<Stored>>(pool, halves, M, w, out);
 }
