@@ -27,7 +27,7 @@ from then on. One layer of the model's shapes with random weights is measured; n
 loaded. Commands do this by themselves at the first start of a model (--tuned auto).
 
 Exit codes: 0 success, 2 usage, 3 --output cannot be written, 4 the checkpoint cannot be opened, 5
-out of memory or device, 130 interrupted."""
+out of memory, device or C++ compiler, 130 interrupted."""
 EXAMPLE = f"{PROG} --random chatglm2-6b --dtype bfloat16 --quantize int8"
 
 
@@ -52,6 +52,11 @@ class Settings:
     output: str | None = flag(
         "also write the choice to a file, for --tuned F", type=path_argument, metavar="F"
     )
+    build_native: bool = flag(
+        "first build the native kernel for products on a CPU with g++ or clang++ (CXX chooses), "
+        "once for this machine; it is measured like the other forms",
+        action="store_true",
+    )
     json: bool = flag("one JSON object instead of a table", action="store_true")
 
 
@@ -62,7 +67,7 @@ def parser() -> Parser:
     group = add_flags(result, "what is measured", Settings, ("random", "rows"))
     where = ("dtype", "quantize", "quantize_embeddings", "layers", "device")
     add_flags(group, None, ModelChoice, where)
-    add_flags(result, "output", Settings, ("output", "json"))
+    add_flags(result, "output", Settings, ("build_native", "output", "json"))
     result.add_common()
     return result
 
@@ -79,18 +84,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(settings: Settings) -> int:
     """Measure, keep the choice, and print it."""
     from glm2_jax.cli.files import require_file_place
+    from glm2_jax.runtime import native
     from glm2_jax.runtime.devices import device_errors, faster_layers, find_device
     from infer.tuning import store
     from infer.tuning.measure import tune
 
     if settings.output:
         require_file_place(settings.output)
+    if settings.build_native:
+        note(f"the native kernel is {native.build()}")
     device = find_device(settings.choice.device)
     config, precision = _model(settings, device)
     layers = settings.choice.layers or faster_layers(device.platform, rows=max(settings.rows))
+    key = store.key_of(config, precision, device)
     with device_errors("measuring the forms"):
         tuned = tune(config, precision, settings.rows, device, layers=layers, note=note)
-    key = store.key_of(config, precision, device)
     places = [store.keep(key, tuned)]
     if settings.output:
         places.append(store.keep(key, tuned, Path(settings.output)))

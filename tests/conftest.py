@@ -9,6 +9,8 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs compiled by an earlier run must not hide a compilation, nor fill the user's cache folder.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Nor is a native kernel loaded that the user may have built.
+os.environ["GLM2_JAX_NATIVE"] = "off"
 # XLA's programs stay the same to the line, with their memory and their operations; LLVM turns them
 # into machine code with less effort, which is much of the suite's time. 0 = as users have it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

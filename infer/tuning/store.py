@@ -22,6 +22,7 @@ from glm2_jax.attention import ATTENTION
 from glm2_jax.errors import CheckpointError
 from glm2_jax.forms import Attention, Forms, Product
 from glm2_jax.products import PRODUCTS
+from glm2_jax.runtime import native
 from glm2_jax.runtime.compile_cache import user_cache
 from glm2_jax.runtime.machine import cores, describe_device, vector_units
 from infer.memory.precision import Precision
@@ -33,9 +34,12 @@ Key = dict[str, Any]
 
 
 def key_of(config: GLMConfig, precision: Precision, device: Any) -> Key:
-    """Return all that a choice depends on."""
+    """Return all that a choice depends on: on a CPU also whether it has the native kernel."""
     sizes = "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"
-    host = [cores(), vector_units()] if device.platform == "cpu" else []
+    host = []
+    if device.platform == "cpu":
+        native.load()
+        host = [cores(), vector_units()]
     return {
         "device": describe_device(device),
         "host": host,
