@@ -50,7 +50,7 @@ def test_steps_with_tiny_shapes(tmp_path):
     output = tmp_path / "device.json"
     command = [sys.executable, BENCHMARKS / "device.py"]
     flags = ["--small", "--device", "cpu", "--minutes", "120", "--output", output]
-    for part in ("machine", "greedy", "on the CPU", "limits", "decode, int4", "LoRA", "tests"):
+    for part in ("machine", "limits", "decode, int4", "tests"):
         flags += ["--only", part]
     environment = os.environ | {"XLA_FLAGS": hurry.FLAGS}
     done = subprocess.run(
@@ -61,8 +61,7 @@ def test_steps_with_tiny_shapes(tmp_path):
     assert not failed and done.returncode == 0, (failed, done.stderr)
     assert all(step["results"] for step in record["steps"])
     for part in (
-        "| greedy answers | 5, 5 of them the same as on the device |", "| products, bfloat16 |",
-        "| decode 2 at 8, int4 |", "| step 2 x 16, bfloat16 |", "| tests | 1 passed |",
+        "| products, bfloat16 |", "| decode 2 at 8, int4 |", "| tests | 1 passed |",
         "% of the bandwidth",
     ):  # fmt: skip
         assert part in done.stdout, part

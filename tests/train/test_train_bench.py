@@ -79,7 +79,7 @@ def test_out_of_memory_is_reported(capsys, monkeypatch, command):
 
     monkeypatch.setattr(bench, "_build", build)
     assert command() == 5
-    assert "layers stacked, step 2 x 16: out of memory" in capsys.readouterr().out
+    assert "layers list, step 2 x 16: out of memory" in capsys.readouterr().out
 
 
 def test_usage():

@@ -86,7 +86,7 @@ def test_groups_bits_and_embeddings(tmp_path, source, text):
     assert min(high.min(), low.min()) >= -4 and max(high.max(), low.max()) == 3
 
 
-@pytest.mark.parametrize("family", ["chatglm2", "glm4-0414", "glm"])
+@pytest.mark.parametrize("family", ["chatglm2", "glm"])
 def test_folding_scales_changes_no_logit(monkeypatch, family):
     """With a rounding that loses nothing, AWQ's scales cancel out."""
     monkeypatch.setattr(

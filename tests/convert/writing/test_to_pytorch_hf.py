@@ -194,7 +194,7 @@ def random_glm4(kind: str, *, theta: float, **sizes):
     ("kind", "shape"),
     [
         ("Glm", "one kv head"), ("Glm", "kv heads as heads, odd sizes"),
-        ("Glm4", "without biases"), ("Glm4", "kv heads as heads, odd sizes"),
+        ("Glm4", "without biases"),
     ],
 )  # fmt: skip
 def test_glm_4_of_transformers_comes_and_goes_back(tmp_path, kind, shape):
