@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
-from functools import cached_property, partial
+from functools import cached_property
 from typing import cast
 
 import jax
@@ -185,15 +185,17 @@ class Scheduler:
         prompts = f"a prompt of {longest} tokens"
         if batch.size > 1:
             prompts = f"{batch.size} rows, prompts of up to {longest} tokens"
-        explain = partial(
-            when_answering,
-            executor.config,
-            executor.params,
-            executor.device,
-            context=batch.largest_cache,
-            batch=batch.size,
-            chunk=batch.chunk,
-            columns=1 + self._draft,
-            kv=executor.kv,
+        what = f"{prompts}, a cache of {batch.largest_cache} slots"
+        return device_errors(
+            what,
+            lambda: when_answering(
+                executor.config,
+                executor.params,
+                executor.device,
+                context=batch.largest_cache,
+                batch=batch.size,
+                chunk=batch.chunk,
+                columns=1 + self._draft,
+                kv=executor.kv,
+            ),
         )
-        return device_errors(f"{prompts}, a cache of {batch.largest_cache} slots", explain)
