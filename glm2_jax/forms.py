@@ -1,7 +1,7 @@
 """Which of several right forms computes a product or attention, where measuring has chosen one.
 
-The choice is a part of the configuration, so that a program is compiled anew for another one. It
-says nothing about what is computed, and is never written to a file of a model.
+The choice is a part of the configuration: another choice is another program. It does not change
+what is computed, and is never written to a file of a model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 Name = str  # of a form: one of `products.PRODUCTS` or `attention.ATTENTION`
@@ -34,9 +34,13 @@ class Attention(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Forms:
-    """The forms that were chosen; what is not listed is computed in the usual form."""
+    """The forms that were chosen; what is not listed is computed in the usual form.
 
-    products: tuple[tuple[Product, Name], ...] = ()
+    A product for which the usual form was measured as the best is listed, too, with None: the
+    choice for another number of rows says nothing about it.
+    """
+
+    products: tuple[tuple[Product, Name | None], ...] = ()
     attention: tuple[tuple[Attention, Name], ...] = ()
 
     def describe(self) -> str:
@@ -44,6 +48,7 @@ class Forms:
         products = [
             f"{product.rows} x [{product.shape[0]}, {product.shape[1]}] {product.weight}: {name}"
             for product, name in self.products
+            if name is not None
         ]
         seen = [f"attention of {seen.queries} to {seen.keys}: {n}" for seen, n in self.attention]
         return "; ".join(products + seen)
@@ -64,7 +69,7 @@ class Forms:
         return near.get(_nearest(attention.keys, near))
 
 
-def _nearest(number: int, numbers: dict[int, Name]) -> int:
+def _nearest(number: int, numbers: Iterable[int]) -> int:
     return min(numbers, key=lambda known: abs(math.log(known / number)), default=0)
 
 

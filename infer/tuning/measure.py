@@ -76,15 +76,14 @@ def tune(
 ) -> Tuned:
     """Measure everything for steps of so many rows, each one; `layers` is the usual layout."""
     found: list[Measured] = []
-    products: list[tuple[Product, str]] = []
+    products: list[tuple[Product, str | None]] = []
     with jax.default_device(device):
         for weight in _matrices(config, precision):
             for count in sorted({*rows, PROMPT}):
                 product, choice = _product(weight, count, precision, device, clock)
                 found.append(Measured(_label(product), choice))
                 note(_line(found[-1]))
-                if choice.name != choice.usual:
-                    products.append((product, choice.name))
+                products.append((product, None if choice.name == choice.usual else choice.name))
         attention = []
         for seen, choice in _attention(config, precision, device, clock):
             found.append(Measured(f"attention of {seen.queries} to {seen.keys}", choice))
@@ -118,8 +117,8 @@ def _line(measured: Measured) -> str:
 
 
 def _without(forms: Forms, rows: int) -> Forms:
-    kept = tuple((product, name) for product, name in forms.products if product.rows != rows)
-    return dataclasses.replace(forms, products=kept)
+    products = ((p, None if p.rows == rows else name) for p, name in forms.products)
+    return dataclasses.replace(forms, products=tuple(products))
 
 
 def _matrices(config: GLMConfig, precision: Precision) -> list[Any]:
@@ -236,7 +235,7 @@ def _step(
     few = dataclasses.replace(config, num_layers=_LAYERS, forms=Forms())
     other = {"list": "stacked", "stacked": "list"}[layers]
     kinds = {f"{USUAL}, {layers}": (few, layers)}
-    if forms != Forms():
+    if forms.describe():
         kinds[f"chosen, {layers}"] = (dataclasses.replace(few, forms=forms), layers)
     kinds[f"chosen, {other}"] = (dataclasses.replace(few, forms=forms), other)
     dtype = jnp.dtype(precision.dtype)

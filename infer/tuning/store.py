@@ -127,7 +127,8 @@ def _as_json(tuned: Tuned) -> dict[str, Any]:
 def _from_json(found: dict[str, Any]) -> Tuned:
     products = []
     for rows, (R, C), weight, activations, name in found["products"]:
-        PRODUCTS[name]  # KeyError: not one of ours
+        if name is not None:
+            PRODUCTS[name]  # KeyError: not one of ours
         products.append((Product(int(rows), (int(R), int(C)), weight, activations), name))
     attention = []
     for queries, keys, name in found["attention"]:

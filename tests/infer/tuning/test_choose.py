@@ -101,6 +101,9 @@ def test_a_choice_counts_for_the_nearest_number_of_rows():
         500: "small chunks",
     }
     assert forms.of_product(product._replace(weight="int4 by 128")) is None
+    usual = Forms(((product._replace(rows=1), None), *forms.products))
+    near = [usual.of_product(product._replace(rows=rows)) for rows in (1, 3, 4)]
+    assert near == [None, "chunks", "chunks"] and usual.describe() == forms.describe()
     assert forms.of_attention(Attention(1, 77)) == "xla"
     assert forms.of_attention(Attention(2, 1024)) is None
 
@@ -171,7 +174,7 @@ def test_forms_that_are_not_faster_together_are_left_out(monkeypatch):
     matrices = measure._matrices
     monkeypatch.setattr(measure, "_matrices", lambda *args: matrices(*args)[:1])
     found = tune(TOY, INT8, [1], CPU, layers="list", clock=prefers(("small chunks", USUAL)))
-    assert {product.rows for product, _ in found.forms.products} == {64}
+    assert {p.rows: name for p, name in found.forms.products} == {1: None, 64: "small chunks"}
     assert (found.layers, found.measured[-1].choice.name) == ("list", "usual, list")
 
 
