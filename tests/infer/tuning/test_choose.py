@@ -101,7 +101,7 @@ def test_a_choice_counts_for_the_nearest_number_of_rows():
         500: "small chunks",
     }
     assert forms.of_product(product._replace(weight="int4 by 128")) is None
-    usual = Forms(((product._replace(rows=1), None), *forms.products))
+    usual = replace(forms, products=((product._replace(rows=1), None), *forms.products))
     near = [usual.of_product(product._replace(rows=rows)) for rows in (1, 3, 4)]
     assert near == [None, "chunks", "chunks"] and usual.describe() == forms.describe()
     assert forms.of_attention(Attention(1, 77)) == "xla"
