@@ -1,6 +1,7 @@
 """Settings every test and every process it starts needs, made before jax is imported."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # Nor is a native kernel loaded that the user may have built.
 os.environ["GLM2_JAX_NATIVE"] = "off"
-# XLA's programs stay the same to the line, with their memory and their operations; LLVM turns them
-# into machine code with less effort, which is much of the suite's time. 0 = as users have it.
+# LLVM turns XLA's programs into machine code with less effort, which is much of the suite's time:
+# their operations stay the same, and their memory. 0 and XLA_FLAGS="" = as users have them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if version("jaxlib").startswith("0.10."):  # later ones have no other emitter of fusions
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 # Several processes of the tests may ask the compiler for TPUs at once; none of them has a chip.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 

@@ -16,7 +16,7 @@ Clock = Callable[[str, Run], float]  # returns the seconds of a run of that name
 
 ROUNDS, SECONDS = 15, 0.4  # at most; at least `_LEAST` rounds
 _LEAST = 5
-_GAIN = 0.9  # a smaller gain of one part alone is lost in the complete step
+GAIN = 0.9  # a smaller gain of one part alone is lost in the complete step
 _HOPELESS = 1.5  # times as long as the best: not timed any more
 
 
@@ -55,6 +55,7 @@ def choose(
     exact: np.ndarray,
     tolerance: float,
     clock: Clock = wall_clock,
+    gain: float = GAIN,
 ) -> Choice:
     """Return the fastest form that computes what `exact` says.
 
@@ -62,6 +63,7 @@ def choose(
         forms: compiles a form and returns what runs it. That fails where a form does not exist.
         usual: the form among them that stays unless another one is clearly faster.
         exact: the right result, of which runs may differ by `tolerance` times the largest value.
+        gain: the share of the usual form's time that another one may take at most.
     """
     runs: dict[str, Run] = {}
     refused: dict[str, str] = {}
@@ -80,7 +82,7 @@ def choose(
     times = _take_turns(runs, clock)
     seconds = {name: min(found) for name, found in times.items()}
     best = min(seconds, key=seconds.__getitem__)
-    if not _is_faster(times[best], times[usual]):
+    if not _is_faster(times[best], times[usual], gain):
         best = usual
     return Choice(best, usual, seconds, refused)
 
@@ -111,11 +113,11 @@ def _take_turns(runs: Mapping[str, Run], clock: Clock) -> dict[str, list[float]]
     return times
 
 
-def _is_faster(times: list[float], usual: list[float]) -> bool:
+def _is_faster(times: list[float], usual: list[float], gain: float) -> bool:
     """Return whether the first is faster by more than the noise: in the best turn, in the median,
     and in nearly every turn that both took."""
     pairs = list(zip(times, usual, strict=False))
     wins = sum(one < other for one, other in pairs)
     return wins >= 0.8 * len(pairs) and all(
-        of(times) < _GAIN * of(usual) for of in (min, statistics.median)
+        of(times) < gain * of(usual) for of in (min, statistics.median)
     )

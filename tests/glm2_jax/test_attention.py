@@ -9,7 +9,6 @@ import pytest
 
 from glm2_jax import KVCache, attention, forward, model
 from glm2_jax.attention import Visibility, attend
-from tests.support import hurry
 from tests.support.toy import TOY, random_tokens, toy_params
 
 B, T, S, N, K, H = 2, 13, 29, 4, 2, 8
@@ -101,7 +100,7 @@ def test_a_model_in_blocks_gives_the_same_logits(monkeypatch):
             tokens = random_tokens(B, T)
             return forward(config, params, tokens, cache=cache, segment_ids=segments)[0]
 
-        return jax.jit(fresh, compiler_options=hurry.OPTIONS)(cache)[segments > 0]
+        return jax.jit(fresh)(cache)[segments > 0]
 
     continued = KVCache.zeros(TOY, B, S, jnp.float32)
     three = jnp.full(B, 3, jnp.int32)

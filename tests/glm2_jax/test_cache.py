@@ -8,10 +8,9 @@ import pytest
 from glm2_jax import KVCache, compiler_options, last_logits
 from glm2_jax.attention import Visibility, attend, finite_values
 from glm2_jax.model import unstack_layers
-from tests.support import hurry
 from tests.support.toy import TOY, jit_forward, random_tokens, toy_params
 
-OPTIONS = compiler_options("cpu") | hurry.OPTIONS
+OPTIONS = compiler_options("cpu")
 LENGTHS = jnp.asarray([9, 4, 12, 0], jnp.int32)
 SLOTS = 24
 ROWS = [2, 7, 0, 4]  # two rows of four, and two that there are not

@@ -15,10 +15,9 @@ from glm2_jax.attention import Visibility, attend
 from glm2_jax.model import unstack_layers
 from glm2_jax.prefix import Prefix
 from glm2_jax.quant import QTensor, dequantize, quantize_vectors
-from tests.support import hurry
 from tests.support.toy import TOY, random_tokens, toy_params
 
-OPTIONS = compiler_options("cpu") | hurry.OPTIONS
+OPTIONS = compiler_options("cpu")
 B, K, G, S, H = 2, 2, 2, 24, 8
 
 

@@ -34,7 +34,6 @@ from glm2_jax.lora import (
 )
 from glm2_jax.model import unstack_layers
 from glm2_jax.schemes import SCHEMES
-from tests.support import hurry
 from tests.support.toy import TOY as THREE_LAYERS
 from tests.support.toy import jit_forward, quantized, random_tokens, toy_params
 
@@ -43,8 +42,8 @@ TOKENS, KEY = random_tokens(2, 8), jax.random.key(3)
 ALL = "all-linear"
 # As users have it compiled: bits are compared.
 jit_last = jax.jit(last_logits, static_argnums=0, compiler_options=compiler_options("cpu"))
-HURRY = compiler_options("cpu") | hurry.OPTIONS
-jit_hidden = jax.jit(hidden, static_argnums=0, static_argnames="remat", compiler_options=HURRY)
+OPTIONS = compiler_options("cpu")
+jit_hidden = jax.jit(hidden, static_argnums=0, static_argnames="remat", compiler_options=OPTIONS)
 
 
 @functools.cache
@@ -213,7 +212,7 @@ def loss(lora, params, remat=False):
 
 @pytest.mark.parametrize(("form", "remats"), [("int8", (False, True)), ("bfloat16 list", (True,))])
 def test_gradients_of_the_adapter_alone(form, remats):
-    jit_grad = jax.jit(jax.grad(loss), static_argnames="remat", compiler_options=HURRY)
+    jit_grad = jax.jit(jax.grad(loss), static_argnames="remat", compiler_options=OPTIONS)
     found = [jit_grad(trained(), base_of(form), remat=remat) for remat in remats]
     assert isinstance(found[0], LoRA) and found[0].scale == trained().scale
     for one, other, x in zip(*map(jax.tree.leaves, (found[0], found[-1], trained())), strict=True):
@@ -248,7 +247,7 @@ def test_dropout_is_of_what_the_adapter_reads():
     new, small = (LoRA(lora(target).layers, scale, 0.1) for lora in (new_lora, trained))
     params = toy_params(TOY)
 
-    @functools.partial(jax.jit, compiler_options=HURRY)
+    @functools.partial(jax.jit, compiler_options=OPTIONS)
     def run(lora, keys):
         def one(key):
             return forward(TOY, params, TOKENS, lora=lora, dropout_key=key)[0]

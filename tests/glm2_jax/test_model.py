@@ -24,10 +24,9 @@ from glm2_jax.context import token_context
 from glm2_jax.linear import einsum
 from glm2_jax.model import unstack_layers
 from glm2_jax.norms import rms_norm
-from tests.support import hurry
 from tests.support.toy import TOY, jit_forward, random_tokens, toy_params
 
-OPTIONS = compiler_options("cpu") | hurry.OPTIONS
+OPTIONS = compiler_options("cpu")
 CLOSE = 1e-4  # what the forms of one computation may differ by, on logits of unit scale
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from typing import Any
 
-from tests.support import hurry
 from tests.support.paths import ROOT
 
 DEVICES = 8
@@ -18,7 +17,7 @@ DEVICES = 8
 def run(module: str, *args: str, timeout: int = 600) -> Any:
     """What `python -m MODULE ARGS` prints as JSON on its last line, where JAX sees 8 devices."""
     known = os.environ.get("XLA_FLAGS", "")
-    flags = f"{known} {hurry.FLAGS} --xla_force_host_platform_device_count={DEVICES}"
+    flags = f"{known} --xla_force_host_platform_device_count={DEVICES}"
     # XLA:CPU runs the devices on a pool of threads, where those that wait in two collectives of a
     # program at once can keep the others from theirs for ever: there are more threads than that.
     threads = {"NPROC": str(4 * DEVICES)}

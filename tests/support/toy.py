@@ -10,7 +10,6 @@ import numpy as np
 from glm2_jax import GLMConfig, compiler_options, forward, init_params
 from glm2_jax.quant import QTensor, dequantize, quantize
 from glm2_jax.schemes import COLUMN_AXES, Scheme
-from tests.support import hurry
 
 TOY = GLMConfig(
     num_layers=3,
@@ -23,9 +22,7 @@ TOY = GLMConfig(
     seq_length=64,
 )
 
-jit_forward = jax.jit(
-    forward, static_argnums=0, compiler_options=compiler_options("cpu") | hurry.OPTIONS
-)
+jit_forward = jax.jit(forward, static_argnums=0, compiler_options=compiler_options("cpu"))
 jit_dequantize = jax.jit(dequantize, static_argnums=1)
 
 

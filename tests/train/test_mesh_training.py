@@ -24,7 +24,6 @@ from safetensors.numpy import load_file
 from glm2_jax import GLMConfig, init_lora, lora_sharding, make_mesh, params_sharding, parse_mesh
 from glm2_jax.choices import FAMILIES
 from glm2_jax.schemes import SCHEMES
-from tests.support import hurry
 from tests.support.checkpoints import save, tiny_config
 from tests.support.mesh_process import run
 from tests.support.paths import ROOT
@@ -222,9 +221,12 @@ def two(flags, output):
                "--mesh", "data=4,tensor=2", *flags, "--output", str(output),
                "--checkpoints", f"{output}-kept"]  # fmt: skip
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"XLA_FLAGS": hurry.FLAGS},
-    ) as launcher:  # fmt: skip
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launcher:
         try:
             yield launcher
         finally:

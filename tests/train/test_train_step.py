@@ -14,7 +14,6 @@ import pytest
 from glm2_jax import compiler_options, init_lora
 from glm2_jax.model import unstack_layers
 from glm2_jax.schemes import SCHEMES
-from tests.support import hurry
 from tests.support.toy import (
     TOY,
     abstract_params,
@@ -74,7 +73,7 @@ def copied(tree):
 def compiled(logits_at_once, optimizer=SGD, **options):
     """A step that compiles fast, and leaves its arguments alone."""
     step = partial(train_step, SMALL, optimizer, **options)
-    return jax.jit(step, compiler_options=compiler_options("cpu") | hurry.OPTIONS)
+    return jax.jit(step, compiler_options=compiler_options("cpu"))
 
 
 @functools.cache

@@ -25,7 +25,6 @@ from infer.tuning import automatic, measure, store
 from infer.tuning.choose import choose
 from infer.tuning.kept import kept_lines
 from infer.tuning.measure import USUAL, Tuned, tune
-from tests.support import hurry
 from tests.support.toy import TOY, jit_forward, random_tokens, toy_params
 
 CPU = jax.devices("cpu")[0]
@@ -131,7 +130,7 @@ def test_a_model_in_chosen_forms_has_the_same_logits_and_gradients(name, monkeyp
 
     def loss(config):
         squares = jax.grad(lambda params: jnp.sum(forward(config, params, tokens)[0] ** 2))
-        return jax.jit(squares, compiler_options=hurry.OPTIONS)(params)
+        return jax.jit(squares)(params)
 
     for ours, theirs in zip(*map(jax.tree.leaves, (loss(config), loss(TOY))), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-2)
