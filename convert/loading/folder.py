@@ -354,6 +354,7 @@ def read_config(
     """Return the configuration of a published model or of a config.json, and how it is quantized.
 
     `name` is one of `PRESETS`, or a path; the others are for a file, as in `load_checkpoint`.
+    UsageError: it is neither; CheckpointError: the file is not a configuration of this family.
     """
     if name in PRESETS:
         return PRESETS[name], {"int4": "int4-row", "int8": "int8"}.get(name.rpartition("-")[2])
@@ -366,7 +367,7 @@ def read_config(
             config = GLMConfig.from_hf(raw, rope_kind=rope_kind, family=family)
             return config, None if scheme is None else scheme.name
     near = difflib.get_close_matches(name, PRESETS, n=1)
-    raise CheckpointError(
+    raise UsageError(
         f"configuration not found: {name}" + (f" (did you mean {near[0]}?)" if near else "."),
         "It is neither the name of a published model nor an existing file.",
         f"Name a config.json, or one of {', '.join(PRESETS)}.",
