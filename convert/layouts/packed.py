@@ -220,6 +220,8 @@ class _Matrix:
     @property
     def consecutive(self) -> bool:
         """Whether the columns of a group follow each other."""
+        if self.order is None:
+            return True
         return np.array_equal(self._groups(), np.arange(self.columns) // self.group)
 
     def tensors(self, scheme: Scheme | None) -> dict[str, StoredTensor]:
@@ -282,10 +284,10 @@ class _Matrix:
         if self.order is None:
             return np.arange(self.columns) // self.group
         found = self.order.read()
-        if found.size and not 0 <= found.min() <= found.max() < len(self.scales.read()):
+        if found.size and not 0 <= found.min() <= found.max() < self.scales.shape[0]:
             raise CheckpointError(
-                f"{self.name}.g_idx names the group {found.max()}.",
-                f"There are {self.scales.shape[0]} groups.",
+                f"{self.name}.g_idx names groups from {found.min()} to {found.max()}.",
+                f"The matrix has {self.scales.shape[0]}, counted from 0.",
                 "Download the weights again.",
             )
         return found

@@ -175,7 +175,7 @@ def test_what_is_refused(sources, tmp_path):
         (GPTQ, {"qzeros": None}, f"{base}.qzeros of a packed matrix is missing"),
         (GPTQ, {"scales": None, "qzeros": None}, "qzeros and .scales"),
         (GPTQ, {"qzeros": zeros + 1}, 'holds the zero point 9.*\n.*"sym": true'),
-        (GPTQ, {"g_idx": order + 1}, "names the group 1"),
+        (GPTQ, {"g_idx": order + 1}, "names groups from 1 to 1"),
         (GPTQ, {"bias": np.ones(32, np.float16)}, f"unexpected: {base}.bias"),
         ({}, {}, "packed by AWQ or GPTQ, and the configuration does not say how"),
     ):
