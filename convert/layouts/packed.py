@@ -162,7 +162,7 @@ def unpack(
             result[name] = tensor  # AutoGPTQ wrote zeros where a product has no bias
     notes = [f"the weights are dequantized: {obstacle} no integer form here"] * (scheme is None)
     if scheme is not None and scheme.bits > packing.bits:
-        notes.append("minus their zero points the integers take 8 bits, not 4; no value changes")
+        notes.append("the integers minus their zero points take 8 bits, not 4; no value changes")
     return result, scheme, tuple(notes)
 
 
