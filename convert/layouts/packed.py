@@ -27,7 +27,6 @@ from convert.files.shards import read_json
 from convert.files.tensor import StoredTensor
 from convert.layouts.names import FLOATS, SCALE
 from glm2_jax.errors import CheckpointError, shorten
-from glm2_jax.quant import pack_int4
 from glm2_jax.schemes import SCHEMES, Scheme
 
 # Where the method is described if config.json does not: a file, and the method without a name.
@@ -254,6 +253,8 @@ class _Matrix:
         return result
 
     def _packed(self, rows: slice) -> np.ndarray:
+        from glm2_jax.quant import pack_int4  # imports jax
+
         return pack_int4(self._integers(rows).astype(np.int8))
 
     def _floats(self, rows: slice) -> np.ndarray:
