@@ -58,8 +58,8 @@ def _add_calibration(parser: Parser) -> None:
     text = parser.add_argument_group("calibration")
     text.add_argument(
         "--calibration", type=path_argument, metavar="FILE",
-        help="plain text, or JSON lines (.jsonl) whose strings are read; like what the model will "
-        "read and write",
+        help="plain text, or conversations as training reads them (.jsonl), which the model's "
+        "template writes; like what the model will read and write",
     )  # fmt: skip
     text.add_argument(
         "--samples",
@@ -128,7 +128,8 @@ def main(argv: list[str]) -> None:
     run.check(folder, method, scheme)
     samples = None
     if args.calibration is not None:
-        samples = read_samples(args.calibration, folder.tokenizer, args.samples, args.length)
+        sizes = args.samples, args.length
+        samples = read_samples(args.calibration, folder.tokenizer, folder.template, *sizes)
     dtype = None if args.dtype == "keep" else args.dtype
     plan = run.plan_quantization(folder, args.destination, method, scheme, samples, dtype)
     written = stored_as(plan.dtype.name, plan.scheme)

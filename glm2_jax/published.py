@@ -103,7 +103,6 @@ _GLM = Form(
         "hidden_act": ("silu", "silu"),
         "attention_bias": (True, True),
         "tie_word_embeddings": (False, False),
-        "quantization_config": (None, None),
     },
     native=True,
     marks=frozenset({"num_hidden_layers"}),

@@ -66,6 +66,10 @@ SCHEMES = {
         Scheme("int4" + _WIDE, 4, grouped=True, embeddings=True, wide=True),
         Scheme("int4-g64" + _WIDE, 4, grouped=True, embeddings=True, most=64, wide=True),
         Scheme("int4-g32" + _WIDE, 4, grouped=True, embeddings=True, most=32, wide=True),
+        # Of folders whose integers of 4 bits have zero points, or that have integers of 8 bits.
+        Scheme("int8-g128", 8, grouped=True),
+        Scheme("int8-g64", 8, grouped=True, most=64),
+        Scheme("int8-g32", 8, grouped=True, most=32),
     )
 }
 GROUPS = (GROUP, 64, 32)

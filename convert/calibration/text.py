@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from glm2_jax.cli.text_input import open_input, parse_object, read_lines, read_utf8
+from glm2_jax.cli.text_input import read_utf8
+from glm2_jax.datasets.encode import Encoder
+from glm2_jax.datasets.formats import detect
+from glm2_jax.datasets.rows import is_table, parse_conversation, read_rows
 from glm2_jax.errors import InputError
 from glm2_jax.text.tokenizer import Tokenizer
 
 _NOT_TEXT = ("role", "from", "id")  # keys of rows whose strings the model does not read
 
 
-def read_samples(path: str, tokenizer: Tokenizer, samples: int, length: int) -> np.ndarray:
+def read_samples(
+    path: str, tokenizer: Tokenizer, template: str, samples: int, length: int
+) -> np.ndarray:
     """Return int32 [samples, length]: pieces of a text at even distances, each after the ids that
     begin every prompt.
 
-    The file is plain text, or has a JSON object a line (`.jsonl`, `.json`), of which all strings
-    are read, in a row of conversation as in {"text"}. InputError: it cannot be read, or is too
-    short.
+    The file is plain text or, by its name, rows in any format that training reads. A conversation
+    becomes what the model reads and writes of it by the template; of other rows all strings are
+    read. InputError: it cannot be read, a row is not valid, or there is too little.
     """
     start = tokenizer.start_ids
     room = length - len(start)
@@ -30,7 +34,7 @@ def read_samples(path: str, tokenizer: Tokenizer, samples: int, length: int) -> 
             f"--length must be at least {len(start) + 1}, got {length}",
             f"Every sample begins with {len(start)} special tokens.",
         )
-    ids = [token for text in _texts(path) for token in tokenizer.encode(text)]
+    ids = [token for piece in _read(path, tokenizer, template) for token in piece]
     if len(ids) < samples * room:
         raise InputError(
             f"{path} is too short: it has {len(ids)} tokens.",
@@ -43,19 +47,21 @@ def read_samples(path: str, tokenizer: Tokenizer, samples: int, length: int) -> 
     return np.concatenate([np.tile(np.asarray(start, np.int32), (samples, 1)), pieces], axis=1)
 
 
-def _texts(path: str) -> Iterator[str]:
-    if Path(path).suffix not in (".jsonl", ".json"):
-        yield read_utf8(path)
-        return
-    with open_input(path) as file:
-        for number, line in read_lines(file, path):
-            try:
-                if isinstance(line, InputError):
-                    raise line
-                yield "\n".join(_strings(parse_object(line)))
-            except InputError as error:
-                what = f"{path}:{number}: {error.what}"
-                raise InputError(what, error.why, error.fix) from None
+def _read(path: str, tokenizer: Tokenizer, template: str) -> Iterator[list[int]]:
+    """Yield the ids of each row."""
+    encoder = Encoder(tokenizer, template)
+    for where, row in read_rows(path) if is_table(path) else [(path, read_utf8(path))]:
+        try:
+            if isinstance(row, InputError):
+                raise row
+            if isinstance(row, str) or (isinstance(row, dict) and detect(row) is None):
+                yield tokenizer.encode("\n".join(_strings(row)))
+                continue
+            messages = parse_conversation(row)
+            if answers := encoder.count(messages):
+                yield encoder.encode(messages, answers - 1)[0]  # the last has all before it
+        except InputError as error:
+            raise InputError(f"{where}: {error.what}", error.why, error.fix) from None
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -179,17 +179,18 @@ def is_ggml(start: bytes) -> bool:
     return start[:4] in _GGML_MAGIC
 
 
-def refuse_quantized(raw: Mapping[str, Any]) -> None:
-    """Refuse a config.json whose weights another library has quantized, by the method's name."""
-    found = raw.get("quantization_config")
-    if not found:
-        return
+def unknown_quantization(found: Any, where: str) -> CheckpointError:
+    """Return the error for weights that another library has quantized, with the method's name.
+
+    `found` is what a configuration says of it, `where` the file and the key.
+    """
     method = found.get("quant_method") if isinstance(found, Mapping) else found
     if method is None and any("4bit" in key or "8bit" in key for key in found):
         method = "bitsandbytes"  # which wrote no name at first
     name = method if isinstance(method, str) else shorten(method)
-    raise CheckpointError(
-        f"config.json: quantization_config: {name[:100]} is not supported.",
-        "Quantized weights are read in the published int4 and int8 form, and in this project's.",
+    return CheckpointError(
+        f"{where}: {name[:100]} is not supported.",
+        "Quantized weights are read in the published int4 and int8 form, as AWQ and GPTQ pack "
+        "them, and in this project's form.",
         f"{ORIGINALS} If the weights are floats nevertheless, remove the key.",
     )

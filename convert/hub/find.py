@@ -17,7 +17,7 @@ from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.errors import CheckpointError, UsageError
 
 _CONFIG = "config.json"
-# The model's family and the ids of its tokens are read from these.
+# The model's family, the ids of its tokens and how weights are packed are read from these.
 _WANTED = (
     "tokenizer_config.json",
     "manifest.json",
@@ -26,6 +26,8 @@ _WANTED = (
     "special_tokens_map.json",
     "tokenizer.json",
     "chat_template.jinja",
+    "quantize_config.json",
+    "quant_config.json",
 )
 _NAME = re.compile(r"(?=.{3,193}\Z)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./+-]*")

@@ -22,9 +22,14 @@ _SIGNS: tuple[tuple[str, str, str], ...] = (
         "Save the tensors transformer.prefix_encoder.* into a separate folder, for --prefix.",
     ),
     (
-        r"\.((nested_)?(absmax|quant_map)|SCB|quant_state\b.*)$|\.(qweight|qzeros|g_idx)$|"
+        r"\.(qweight|qzeros|g_idx)$",
+        "packed by AWQ or GPTQ, and the configuration does not say how (quantization_config)",
+        "Use the config.json, or the quantize_config.json, that was published with them.",
+    ),
+    (
+        r"\.((nested_)?(absmax|quant_map)|SCB|quant_state\b.*)$|"
         r"\.(W_q|weight_packed|weight_scale_inv|weight_zero_point|qscales)$",
-        "quantized by bitsandbytes, GPTQ, AWQ or another library that is not supported",
+        "quantized by bitsandbytes or another library that is not supported",
         ORIGINALS,
     ),
     (

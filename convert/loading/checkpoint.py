@@ -28,7 +28,8 @@ class CheckpointSummary:
     """What was found and what became of it.
 
     Attributes:
-        layout: "own", "official", "official int4", "official int8" or "HF-native glm".
+        layout: "own", "official" or "HF-native glm", and how its matrices are stored quantized:
+            "official int4", "own int8", "HF-native glm AWQ", ...
         family: one of `choices.FAMILIES`.
         stored_dtype: type of most of the stored weights.
         dtype: type of the parameters in memory, and of the activations.
@@ -85,7 +86,8 @@ def load_checkpoint(
     device: Any = None,
     progress: Progress = lambda done, total: None,
 ) -> Checkpoint:
-    """Open a checkpoint folder: official (`.bin`, safetensors, int4, int8), HF-native or our own.
+    """Open a checkpoint folder: official (`.bin`, safetensors, int4, int8), HF-native, with the
+    matrices of AWQ or GPTQ, or our own.
 
     Every number that is read is checked for NaN and infinity.
 

@@ -8,14 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convert.files.foreign import explain_file, explain_folder, refuse_quantized
+from convert.files.foreign import explain_file, explain_folder
 from convert.files.manifest import MANIFEST, Manifest, check_listed, read_manifest
 from convert.files.shards import Weights, choose_weights, open_weights, read_json
-from convert.files.tensor import is_plain_name, reading
+from convert.files.tensor import StoredTensor, is_plain_name, reading
 from convert.files.vocabulary import FAST, VOCABULARY_FILES, read_vocabulary
 from convert.layouts.family import find_family, read_side_files
 from convert.layouts.hf_config import is_native
 from convert.layouts.names import Match, match_tensors, own_rules, rules_of, tied_head
+from convert.layouts.packed import Packing, read_packing, unpack
 from convert.layouts.tokens import assumed_places, check_vocabulary, fit_tokenizer
 from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS
 from glm2_jax.cli.files import refuse_url
@@ -37,6 +38,7 @@ class Architecture:
 
     config: GLMConfig
     scheme: Scheme | None  # how its matrices are quantized
+    packing: Packing | None  # how another program packed them
     tokenizer: Tokenizer | None  # None where the folder has no tokenizer.model
     template: str
     notes: tuple[str, ...]  # lines for the user
@@ -48,7 +50,7 @@ class Folder(Architecture):
 
     tokenizer: Tokenizer
     path: Path
-    layout: str  # "own", "official", "HF-native glm", "official int4", ...
+    layout: str  # "own", "official", "HF-native glm", "official int4", "official AWQ", ...
     matches: tuple[Match, ...]  # every tensor with its rule
     weights: Weights
     manifest: Manifest | None  # of our own layout
@@ -103,6 +105,8 @@ def open_folder(
             layout, rules = "own", own_rules(found.config)
             check_listed(folder, manifest, weights)
         else:
+            if found.packing is not None:
+                found, tensors = _unpacked(found, tensors, native)
             config, tensors = tied_head(found.config, tensors)
             found = dataclasses.replace(found, config=config)
             layout = "HF-native glm" if native else "official"
@@ -117,7 +121,10 @@ def open_folder(
             fix = f"{error.fix} Or move {weights.name} elsewhere: {other} is then read."
             raise CheckpointError(error.what, why, fix) from error
     small: dict[str, Any] = vars(found) | {"notes": (*found.notes, *weights.notes)}
-    layout += f" int{found.scheme.bits}" if found.scheme else ""
+    if found.packing is not None:
+        layout += f" {found.packing.method.upper()}"
+    elif found.scheme is not None:
+        layout += f" int{found.scheme.bits}"
     return Folder(
         **small,
         path=folder,
@@ -126,6 +133,24 @@ def open_folder(
         weights=weights,
         manifest=manifest,
     )
+
+
+def _unpacked(
+    found: Architecture, tensors: dict[str, StoredTensor], native: bool
+) -> tuple[Architecture, dict[str, StoredTensor]]:
+    """Return what is known of a folder with packed matrices once it is known what they hold, and
+    its tensors with those matrices unpacked."""
+    assert found.packing is not None
+    rules, config = rules_of(found.config, native=native), found.config
+    matrices = {
+        rule.full_name(layer)
+        for rule in rules
+        if rule.quantized(SCHEMES["int8"])
+        for layer in rule.layers(config)
+    }
+    others = {rule.full_name(layer) for rule in rules for layer in rule.layers(config)} - matrices
+    tensors, scheme, notes = unpack(found.packing, tensors, matrices, others)
+    return dataclasses.replace(found, scheme=scheme, notes=(*found.notes, *notes)), tensors
 
 
 def _check_complete(
@@ -177,9 +202,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise explain_file(folder)
     path = folder / "config.json"
     if path.exists() or path.is_symlink():
-        raw = read_json(path)
-        refuse_quantized(raw)
-        return raw
+        return read_json(path)
     names = sorted(entry.name for entry in folder.iterdir())
     raise explain_folder(folder) or CheckpointError(
         f"{folder} holds no config.json.",
@@ -201,6 +224,7 @@ def _architecture(
             raise UsageError(f"unknown {what} {value!r}.", f"Known: {', '.join(choices)}.")
     raw = _read_config(folder)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    packing = read_packing(folder, raw) if manifest is None else None
     side = read_side_files(folder, raw, manifest)
     plain = read_vocabulary(folder)
     family, note = find_family(side, plain, family=family, rope_kind=rope_kind, template=template)
@@ -227,7 +251,9 @@ def _architecture(
         if raw.get("family") is None:  # which this project writes, and the published files lack
             notes += assumed_places(tokenizer, side.named)
     scheme = _published_scheme(raw) if manifest is None else manifest.scheme
-    return raw, manifest, Architecture(config, scheme, tokenizer, template, tuple(notes))
+    scheme = scheme if packing is None else packing.scheme
+    found = Architecture(config, scheme, packing, tokenizer, template, tuple(notes))
+    return raw, manifest, found
 
 
 def _named_weights(folder: Path, raw: dict[str, Any]) -> str | None:
@@ -328,15 +354,20 @@ def read_config(
     """Return the configuration of a published model or of a config.json, and how it is quantized.
 
     `name` is one of `PRESETS`, or a path; the others are for a file, as in `load_checkpoint`.
+    UsageError: it is neither; CheckpointError: the file is not a configuration of this family.
     """
     if name in PRESETS:
         return PRESETS[name], {"int4": "int4-row", "int8": "int8"}.get(name.rpartition("-")[2])
     path = Path(name)
     with reading(path):
         if path.exists():
-            return GLMConfig.from_hf(read_json(path), rope_kind=rope_kind, family=family), None
+            raw = read_json(path)
+            packing = read_packing(path.parent, raw)
+            scheme = None if packing is None else packing.scheme
+            config = GLMConfig.from_hf(raw, rope_kind=rope_kind, family=family)
+            return config, None if scheme is None else scheme.name
     near = difflib.get_close_matches(name, PRESETS, n=1)
-    raise CheckpointError(
+    raise UsageError(
         f"configuration not found: {name}" + (f" (did you mean {near[0]}?)" if near else "."),
         "It is neither the name of a published model nor an existing file.",
         f"Name a config.json, or one of {', '.join(PRESETS)}.",

@@ -1,7 +1,8 @@
 """Reads the numbers of a stored parameter a few megabytes at a time, and checks them.
 
 Complete tensors are never copied: what is read is a view of the mapped file, what is computed
-(dequantized, cast) has the size of a chunk.
+(dequantized, cast) has the size of a chunk. The exception are matrices that another program packed:
+one of them is unpacked at a time.
 """
 
 import math

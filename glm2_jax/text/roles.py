@@ -13,6 +13,7 @@ from glm2_jax.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "observation")
 Reply = str | Sequence[Mapping[str, Any]]  # an answer of a history: text, or messages
+Turns = tuple[tuple[str, Reply], ...]  # questions and answers, oldest first
 
 # The words that GLM-4 was trained with. Source: the chat template of glm-4-9b-chat.
 GLM4_TOOLS = (
@@ -120,3 +121,19 @@ def _glm4_tools(tools: Any) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=4, ensure_ascii=False, allow_nan=False)
+
+
+def parse_history(value: Any) -> Turns:
+    """Check that a JSON value is a list of [question, answer] pairs; None is an empty one.
+
+    An answer is text, or a list of objects: messages, which the prompt builder checks.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise InputError("the history is not a list of [question, answer] pairs")
+    for number, turn in enumerate(value, 1):
+        pair = isinstance(turn, list) and len(turn) == 2
+        if not pair or not isinstance(turn[0], str) or not is_reply(turn[1]):
+            raise InputError(f"turn {number} of the history is not a [question, answer] pair")
+    return tuple((question, answer) for question, answer in value)

@@ -10,9 +10,10 @@ from typing import Any
 from glm2_jax.cli.files import replace_file, require_file_place
 from glm2_jax.cli.text_input import parse_json, read_utf8
 from glm2_jax.errors import GLMError, InputError
+from glm2_jax.text.roles import Turns, parse_history
 from infer.engine.params import SamplingParams
 from infer.requests.conversation import Conversation
-from infer.requests.request import Request, Turns, parse_history
+from infer.requests.request import Request
 
 FORMAT, VERSION = "glm2-jax chat", 1
 

@@ -25,8 +25,9 @@ from typing import Any
 from glm2_jax.cli.files import real_path
 from glm2_jax.cli.messages import note
 from glm2_jax.cli.text_input import read_utf8
+from glm2_jax.datasets.rows import read_rows
 from glm2_jax.errors import InputError
-from infer.evaluate.rows import CHINESE, BadRows, read_rows
+from infer.evaluate.rows import CHINESE, BadRows
 
 LETTERS = ("A", "B", "C", "D")
 _COLUMNS = ("question", "a", "b", "c", "d", "answer")

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from glm2_jax.cli.files import cannot_write_file, real_path, replace_file, require_file_place
 from glm2_jax.cli.interrupt import always
 from glm2_jax.cli.messages import Progress, note
+from glm2_jax.datasets.encode import Encoder
+from glm2_jax.datasets.rows import parse_conversation, read_rows
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.processes import join
-from infer.datasets.encode import Encoder
 from infer.engine.answer import Message
 from infer.engine.params import SamplingParams
-from infer.evaluate.rows import BUNDLED, BadRows, data_file, parse_conversation, read_rows
+from infer.evaluate.rows import BUNDLED, BadRows, data_file
 from infer.startup import note_demo_model, open_engine
 
 if TYPE_CHECKING:

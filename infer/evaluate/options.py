@@ -9,7 +9,7 @@ from glm2_jax.choices import DTYPES, QUANTIZE
 from glm2_jax.cli.arguments import path_argument, positive, whole
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.cli.parser import flag
-from infer.datasets import FORMATS
+from glm2_jax.datasets import FORMATS
 
 _count = partial(flag, type=positive, metavar="N")
 

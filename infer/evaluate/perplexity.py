@@ -23,13 +23,14 @@ import numpy as np
 from convert.loading.folder import open_folder, target_scheme
 from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.datasets.encode import Encoder
+from glm2_jax.datasets.rows import parse_row, read_rows
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.runtime.gather import gathered
-from infer.datasets.encode import Encoder
 from infer.engine.load import demo_folder
 from infer.engine.reader import Item, nats_of, read_all
 from infer.evaluate.options import Variant
-from infer.evaluate.rows import BUNDLED, BadRows, data_file, parse_row, read_rows
+from infer.evaluate.rows import BUNDLED, BadRows, data_file
 from infer.memory.budget import DEFAULT_CONTEXT
 from infer.startup import find_choice, note_demo_model, open_engine
 

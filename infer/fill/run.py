@@ -6,19 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from convert.loading.folder import read_architecture
 from glm2_jax.cli.messages import note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.text.prompt import MASKS, build_prompt, mask_of, with_blank
+from glm2_jax.text.template import find_template
 from infer.console import displayed, print_json
 from infer.engine.answer import Completion
 from infer.engine.engine import Engine
+from infer.engine.load import demo_folder
 from infer.engine.params import SamplingParams
 from infer.engine.reader import score_answers
 from infer.options import PromptFlags, SamplingFlags
 from infer.requests.exchange import note_blanks
 from infer.requests.request import Request
-from infer.startup import note_demo_model, open_engine
+from infer.startup import find_choice, note_demo_model, open_engine
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def run(settings: Settings) -> int:
     note_demo_model(settings.choice)
     prompt = Request(settings.asked.read()).prompt
     check_text(prompt, settings.choices)  # before the model is loaded: errors come at once
-    engine = open_engine(settings.choice, settings.options)
+    engine = open_engine(check_model(settings.choice), settings.options)
     note_blanks(engine, prompt)
     text = with_blank(engine.tokenizer, engine.template, prompt)
     find = _filled if settings.choices is None else _chosen
@@ -64,6 +67,23 @@ def run(settings: Settings) -> int:
     else:
         print(displayed(found["text"]), flush=True)
     return 0
+
+
+def check_model(choice: ModelChoice) -> ModelChoice:
+    """Return the choice with the model's folder as its path; UsageError: it fills no blanks."""
+    choice = find_choice(choice)
+    found = read_architecture(choice.path or demo_folder(), **choice.form)
+    _check_template(found.config.family, found.template)
+    return choice
+
+
+def _check_template(family: str, template: str) -> None:
+    if not find_template(template).fills:
+        raise UsageError(
+            f"A {family} model fills no blanks.",
+            f"Its template here is {template}.",
+            "Name a GLM base model, for example --model THUDM/glm-large-chinese.",
+        )
 
 
 def check_text(text: str, choices: Sequence[str] | None = None) -> None:
@@ -158,12 +178,7 @@ def choose(
 def _prompt(engine: Engine, text: str, sampling: SamplingParams) -> tuple[list[int], int]:
     """Return the ids of a text with blanks and of the start of the first answer, and how many ids
     it and its answers may have."""
-    if not engine.written.fills:
-        raise UsageError(
-            f"A {engine.config.family} model fills no blanks.",
-            f"Its template here is {engine.template}.",
-            "Name a GLM base model, for example --model THUDM/glm-large-chinese.",
-        )
+    _check_template(engine.config.family, engine.template)
     limit = min(engine.max_length, sampling.max_length or engine.max_length)
     return build_prompt(engine.tokenizer, engine.template, text), limit
 

@@ -213,9 +213,10 @@ def settle(
     near = nearest(plan, memory, precisions(budget.half, stored))
     shorter = [p for p in near if replace(p, context=plan.context) == plan]
     if tell is not None and shorter:
+        smaller = " (all fit with --kv int8)" * any(p.kv != plan.kv for p in near)
         tell(
             f"context reduced to {shorter[0].context:,} tokens: {plan.context:,} need "
-            f"{human_size(plan.total)}, and {human_size(memory)} is available"
+            f"{human_size(plan.total)}, and {human_size(memory)} is available{smaller}"
         )
         return shorter[0]
     why, fix = "--memory-limit allows", advice(near, plan, stored)
@@ -247,6 +248,7 @@ def advice(near: Sequence[Plan], plan: Plan, stored: str | None) -> str:
             ("--batch-size", other.batch, plan.batch),
             ("--prefill-chunk", other.chunk, plan.chunk),
             ("--speculate", other.columns - 1, plan.columns - 1),
+            ("--kv", other.kv, plan.kv),
         ):
             now += [f"{flag} {value}"] if value != wanted else []
         changes.append(f"{' '.join(now)} ({human_size(other.total)})")

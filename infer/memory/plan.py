@@ -237,7 +237,8 @@ def nearest(wanted: Plan, memory: int, choices: Iterable[Precision]) -> list[Pla
     be; empty where nothing fits.
 
     Those that change one thing come first: fewer draft tokens, smaller prefill chunks, narrower
-    weights (of `choices`, the widest first), a shorter context, fewer prompts at once. Where no one
+    weights (of `choices`, the widest first), a shorter context, fewer prompts at once, a cache in
+    int8. Where no one
     change is enough, there is one plan that changes all: the widest weights that fit at all, with
     their longest context.
     """
@@ -261,6 +262,7 @@ def nearest(wanted: Plan, memory: int, choices: Iterable[Precision]) -> list[Pla
         *fitting(replace(wanted, precision=choice) for choice in narrower),
         *fitting([longest()]),
         *fitting(replace(wanted, batch=1 << power) for power in powers),
+        *fitting([replace(wanted, kv="int8")] * (wanted.kv != "int8")),
     ]
     return one_change or fitting(
         longest(precision=choice, batch=1, chunk=n, columns=1)

@@ -15,9 +15,8 @@ from typing import Any
 
 from glm2_jax.cli.text_input import parse_json, parse_object, read_utf8
 from glm2_jax.errors import InputError, shorten
-from glm2_jax.text.roles import Reply, is_reply
+from glm2_jax.text.roles import Reply, Turns, parse_history
 
-Turns = tuple[tuple[str, Reply], ...]
 _HISTORY_FORM = 'write a list of pairs: [["question", "answer"], ...]'
 _KEYS = ("prompt", "messages", "id", "history", "system")
 _PLAIN_SPACES = str.maketrans({"\u3000": " ", "\u00a0": " "})
@@ -81,22 +80,6 @@ def read_history(path: str) -> Turns:
         return parse_history(parse_json(text))
     except InputError as error:
         raise InputError(f"{path}: {error.what}", error.why, _HISTORY_FORM) from None
-
-
-def parse_history(value: Any) -> Turns:
-    """Check that a JSON value is a list of [question, answer] pairs; None is an empty one.
-
-    An answer is text, or a list of objects: messages, which the prompt builder checks.
-    """
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise InputError("the history is not a list of [question, answer] pairs")
-    for number, turn in enumerate(value, 1):
-        pair = isinstance(turn, list) and len(turn) == 2
-        if not pair or not isinstance(turn[0], str) or not is_reply(turn[1]):
-            raise InputError(f"turn {number} of the history is not a [question, answer] pair")
-    return tuple((question, answer) for question, answer in value)
 
 
 def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> Request:

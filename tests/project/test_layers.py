@@ -12,7 +12,7 @@ from tests.support.paths import ROOT
 FLOORS = ("glm2_jax", "convert", "infer", "train")  # lowest first
 # Each room, lowest first: a folder with all that is in it; "infer." are the loose modules.
 ROOMS = {
-    "glm2_jax": ("glm2_jax.", "text", "cli", "runtime", "processes"),
+    "glm2_jax": ("glm2_jax.", "text", "cli", "datasets", "runtime", "processes"),
     "convert": (
         "files", "hub", "layouts", "loading", "adapters", "writing", "calibration", "convert.",
     ),

@@ -4,8 +4,8 @@ import json
 from itertools import chain
 from pathlib import Path
 
+from glm2_jax.datasets.encode import Encoder
 from glm2_jax.text.tokenizer import Tokenizer
-from infer.datasets.encode import Encoder
 from tests.support.sp_model import sp_model
 from train.data.dataset import Dataset, Source
 

@@ -17,10 +17,10 @@ from convert.loading.folder import Folder
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.text_input import parse_object
 from glm2_jax.config import GLMConfig
+from glm2_jax.datasets.encode import Encoder
+from glm2_jax.datasets.formats import Message, read_messages
+from glm2_jax.datasets.index import DataFile
 from glm2_jax.errors import InputError, UsageError
-from infer.datasets.encode import Encoder
-from infer.datasets.formats import Message, read_messages
-from infer.datasets.index import DataFile
 from train.data.options import MAX_LENGTH, MIX_RATIO, DataOptions, split_weight
 from train.data.scan import COLUMNS, MAX_LISTED, Reading, cached_scan
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from glm2_jax.cli.arguments import above_zero, path_argument, positive, whole
 from glm2_jax.cli.parser import flag
-from infer.datasets import FORMATS
+from glm2_jax.datasets import FORMATS
 
 MAX_LENGTH = 2048
 MIX_RATIO = 0.1

@@ -27,11 +27,11 @@ import numpy as np
 
 from glm2_jax.cli.messages import note
 from glm2_jax.cli.text_input import parse_object
+from glm2_jax.datasets.encode import Encoder
+from glm2_jax.datasets.formats import detect, read_messages, unknown_format, unused_keys
+from glm2_jax.datasets.index import DataFile, Row, no_rows
 from glm2_jax.errors import InputError
 from glm2_jax.runtime.compile_cache import trim, user_cache
-from infer.datasets.encode import Encoder
-from infer.datasets.formats import detect, read_messages, unknown_format, unused_keys
-from infer.datasets.index import DataFile, Row, no_rows
 
 VARIABLE = "GLM2_JAX_DATA_CACHE"
 MAX_BYTES = 2**30
@@ -39,9 +39,9 @@ SMALL = 2**20  # bytes of a file that is encoded in a few seconds
 _ENDING = "-cache"
 _FACTS = ("format", "by_line", "rows", "bad", "bad_reasons", "unused", "marked")
 _CODE = (
-    "glm2_jax.text.prompt", "glm2_jax.text.tokenizer", "infer.requests.request",
-    "infer.datasets.encode", "infer.datasets.formats", "infer.datasets.index",
-    "infer.datasets.tables", __name__,
+    "glm2_jax.text.prompt", "glm2_jax.text.tokenizer", "glm2_jax.text.roles",
+    "glm2_jax.datasets.encode", "glm2_jax.datasets.formats", "glm2_jax.datasets.index",
+    "glm2_jax.datasets.tables", __name__,
 )  # fmt: skip
 MAX_LISTED = 10_000  # bad rows whose reasons are kept; all are counted
 COLUMNS = {

@@ -15,11 +15,13 @@ from convert.calibration.layer import Form, Layer, Method
 from convert.calibration.rounding import Rounded
 from convert.calibration.text import read_samples
 from convert.random import write_random
-from glm2_jax import PRESETS, forward
+from glm2_jax import PRESETS, Tokenizer, forward
+from glm2_jax.text.prompt import build_prompt
 from infer.memory.shortage import _precision
 from tests.support.checkpoints import names, random_params, save, tiny_config, write_quantized
 from tests.support.commands import exit_code
 from tests.support.shared_data import shared_path
+from tests.support.sp_model import sp_model
 from tests.support.toy import random_tokens
 
 run = partial(exit_code, quantize.main)
@@ -53,7 +55,8 @@ def logits_of(folder, tokens):
 def test_methods_and_their_error(tmp_path, source, text):
     """On the calibration text the logits of awq and gptq are nearer than those of rtn, which are
     those of --quantize int4."""
-    tokens = jnp.asarray(read_samples(str(text), open_folder(source).tokenizer, 8, 32))
+    tokenizer = open_folder(source).tokenizer
+    tokens = jnp.asarray(read_samples(str(text), tokenizer, "chatglm2", 8, 32))
     expected, errors = logits_of(source, tokens), {}
     for name, flags in (
         ("rtn", ["--method", "rtn"]),
@@ -141,16 +144,33 @@ def test_a_killed_run_goes_on(tmp_path, source, text, monkeypatch, capsys):
 
 def test_samples(tmp_path, source, text):
     tokenizer = open_folder(source).tokenizer
-    found = read_samples(str(text), tokenizer, 5, 20)
+    found = read_samples(str(text), tokenizer, "chatglm2", 5, 20)
     assert found.shape == (5, 20) and (found[:, :2] == tokenizer.start_ids).all()
     ids = tokenizer.encode(TEXT)
     assert found[0, 2:].tolist() == ids[:18] and found[-1, 2:].tolist() == ids[-18:]
-    rows = tmp_path / "rows.jsonl"
-    told = [{"role": "user", "content": TEXT[:100]}, {"role": "assistant", "content": TEXT[100:]}]
-    rows.write_text("\n".join(json.dumps(row) for row in ({"text": TEXT}, {"messages": told})))
-    texts = [TEXT, TEXT[:100] + "\n" + TEXT[100:]]
-    read = [token for one in texts for token in tokenizer.encode(one)]
-    assert read_samples(str(rows), tokenizer, 1, len(read) + 2)[0, 2:].tolist() == read
+
+
+@pytest.mark.parametrize("template", ["chatglm2", "chatglm3"])
+def test_conversations_are_written_by_the_template(tmp_path, template):
+    """Rows of text are read as they are; of a conversation, what the model reads and writes."""
+    tokenizer = Tokenizer.from_bytes(sp_model(), template)
+    turns = [("你好", "世界"), ("The capital?", "Paris.")]
+    roles = ("user", "assistant")
+    told = [{"role": r, "content": x} for turn in turns for r, x in zip(roles, turn, strict=True)]
+    rows = (
+        {"a": "one", "b": ["two"]},
+        {"messages": told},
+        {"instruction": turns[1][0], "output": turns[1][1]},
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    read = tokenizer.encode("one\ntwo")
+    for history in (turns[:1], []):
+        read += build_prompt(tokenizer, template, turns[1][0], history)
+        head = tokenizer.encode("\n") if template == "chatglm3" else []  # of a role's message
+        read += [*head, *tokenizer.encode(turns[1][1]), tokenizer.eos_id]
+    found = read_samples(str(path), tokenizer, template, 1, len(read) + 2)
+    assert found[0].tolist() == [*tokenizer.start_ids, *read]
 
 
 def test_what_is_refused(tmp_path, source, text, capsys):

@@ -174,7 +174,7 @@ def test_parts_of_a_hub_cache(tmp_path):
 def test_other_quantization_configs(tmp_path):
     export_folder(open_folder(write_official(tmp_path / "a")), tmp_path / "glm", layout="glm")
     for value, name in (
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "hqq", "bits": 4}, "hqq"),
         ({"load_in_4bit": True}, "bitsandbytes"),
         ("fp8", "fp8"),
     ):
@@ -190,7 +190,7 @@ def test_other_quantization_configs(tmp_path):
     [
         ([f"{LAYER}.lora_A.default.weight", f"{LAYER}.lora_B.default.weight"], "PEFT model"),
         ([f"{LAYER}.weight.absmax", f"{LAYER}.weight.quant_map"], "quantized by bitsandbytes"),
-        ([f"{LAYER}.qweight", f"{LAYER}.g_idx"], "quantized by bitsandbytes, GPTQ"),
+        ([f"{LAYER}.qweight", f"{LAYER}.g_idx"], "packed by AWQ or GPTQ"),
         (["transformer.layers.0.attention.dense.weight"], "first-generation ChatGLM-6B"),
         (["transformer.prefix_encoder.embedding.weight"], "together with a P-Tuning v2 prefix"),
         (["language_model.encoder.x"], "named as Megatron names them"),

@@ -9,9 +9,9 @@ from convert.adapters.adapter import Adapter, open_adapter, save_adapter
 from convert.loading.folder import fingerprint
 from convert.writing.gguf import gguf_vocabulary
 from glm2_jax import CheckpointError, Tokenizer, UsageError
+from glm2_jax.datasets.encode import Encoder
 from glm2_jax.family import config_signs, decide_family, named_family, prompt_signs, tokenizer_signs
 from glm2_jax.text.prompt import build_prompt, stop_ids
-from infer.datasets.encode import Encoder
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import convert_folder, edit_json, tiny_config, write_official
 from tests.support.sp_model import sp_model, with_pieces, without_dummy_prefix

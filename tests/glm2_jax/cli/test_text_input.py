@@ -92,7 +92,7 @@ def test_lines_one_at_a_time(file, monkeypatch):
 LONG_LINES = """
 import resource, sys
 from glm2_jax.cli import main as cli
-from infer.evaluate.rows import read_rows
+from glm2_jax.datasets.rows import read_rows
 from infer.generate.__main__ import main
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()

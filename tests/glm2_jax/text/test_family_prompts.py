@@ -7,12 +7,12 @@ import pytest
 
 from glm2_jax.choices import FAMILIES
 from glm2_jax.choices import TEMPLATES as NAMES
+from glm2_jax.datasets.encode import Encoder
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.text.prompt import build_followup, build_prompt, stop_ids
 from glm2_jax.text.roles import build_messages, message_ids
 from glm2_jax.text.template import TEMPLATES
 from glm2_jax.text.tokenizer import Tokenizer
-from infer.datasets.encode import Encoder
 from tests.support.shared_data import shared_file, shared_path
 from tests.support.sp_model import chatglm_model, sp_model
 

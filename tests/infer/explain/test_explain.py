@@ -241,7 +241,7 @@ def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, explained
 @pytest.mark.parametrize(
     ("kind", "flags", "what"),
     [
-        (CheckpointError, ["--config", "chatglm2-6B"], "did you mean chatglm2-6b?"),
+        (UsageError, ["--config", "chatglm2-6B"], "did you mean chatglm2-6b?"),
         (UsageError, [*NAMED, "--model", "x"], "each name a model"),
         (UsageError, [*NAMED, "--prompt", "hello"], "length of this prompt is not known"),
         (UsageError, [*NAMED, "--template", "chatglm3"], "'chatglm3' is not supported"),

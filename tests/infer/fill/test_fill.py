@@ -15,6 +15,7 @@ from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from infer.engine.reader import score_answers
 from infer.fill import __main__ as command
+from infer.fill import run
 from infer.fill.run import choose, fill
 from infer.generate import __main__ as generate
 from tests.glm2_jax.test_family_parity import glm_config, params_of, stored, weights_of
@@ -28,6 +29,20 @@ TEXT = "[MASK]天气很好，[MASK]是[MASK]。"
 @pytest.fixture(scope="module")
 def engine():
     return family_engine("glm")
+
+
+@pytest.fixture
+def opened(engine, monkeypatch):
+    """The choices for which a command opened this engine, whatever model they name."""
+    found = []
+
+    def open_choice(choice, *args, **kwargs):
+        found.append(choice)
+        return for_commands(engine)
+
+    monkeypatch.setattr(run, "check_model", lambda choice: choice)
+    monkeypatch.setattr(load, "open_choice", open_choice)
+    return found
 
 
 def test_each_blank_sees_the_answers_before_it(engine):
@@ -57,8 +72,8 @@ def test_greedy_answers_equal_one_pass_over_all_of_it(engine):
         assert tuple(logits[0, read - 1 : -1].argmax(-1).tolist()) == answer.output_ids
 
 
-def test_the_command(engine, monkeypatch, capsys):
-    monkeypatch.setattr(load, "open_choice", lambda *args, **kwargs: for_commands(engine))
+@pytest.mark.usefixtures("opened")
+def test_the_command(capsys):
     flags = ["--max-new-tokens", "5", "--temperature", "1", "--seed", "3"]
     assert command.main(["--prompt", TEXT, *flags]) == 0
     plain = capsys.readouterr().out
@@ -85,8 +100,8 @@ def test_choices_are_scored_as_the_published_code_does(engine):
     assert found == pytest.approx(arrays["choice/log_prob"][0].tolist(), abs=1e-4)
 
 
-def test_the_command_with_choices(engine, monkeypatch, capsys):
-    monkeypatch.setattr(load, "open_choice", lambda *args, **kwargs: for_commands(engine))
+@pytest.mark.usefixtures("opened")
+def test_the_command_with_choices(engine, capsys):
     text, choices = "今天[MASK]很好", ["天气", "天 天气", "A"]
     assert command.main(["--prompt", text, "--choices", *choices, "--json"]) == 0
     said = capsys.readouterr()
@@ -124,16 +139,15 @@ def test_bad_text_is_refused_before_the_model_is_loaded(monkeypatch, flags, what
     assert what in str(caught.value)
 
 
+def test_a_model_of_another_family_is_refused_before_its_weights_are_read(monkeypatch):
+    monkeypatch.setattr(run, "open_engine", lambda *args: 1 / 0)
+    with pytest.raises(UsageError, match="A chatglm2 model fills no blanks"):
+        command.main(["--prompt", TEXT])  # the demo model
+
+
 def test_the_text_may_come_from_a_file_or_standard_input_and_an_adapter_is_opened(
-    engine, monkeypatch, capsys, tmp_path
+    opened, monkeypatch, capsys, tmp_path
 ):
-    opened = []
-
-    def open_choice(choice, *args, **kwargs):
-        opened.append(choice)
-        return for_commands(engine)
-
-    monkeypatch.setattr(load, "open_choice", open_choice)
     (tmp_path / "text").write_text("今天[MASK]很好\n", encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "text").read_bytes())))
     more = ["--choices", "天气", "--adapter", "a", "--force-adapter"]
@@ -151,8 +165,8 @@ def test_a_long_blank_may_be_anywhere(engine):
     assert engine.build_prompt("今天[gMASK]很好") == wanted
 
 
-def test_choices_that_do_not_fit_are_refused(engine, monkeypatch):
-    monkeypatch.setattr(load, "open_choice", lambda *args, **kwargs: for_commands(engine))
+@pytest.mark.usefixtures("opened")
+def test_choices_that_do_not_fit_are_refused():
     with pytest.raises(UsageError, match="--seed has no effect with --choices"):
         command.main(["--prompt", TEXT, "--choices", "A", "--seed", "3"])
     with pytest.raises(InputError, match=r"no room for choice 1 \(tokens: 2\) after 4"):
@@ -168,8 +182,8 @@ def test_no_room_is_left_for_a_later_blank(engine):
         fill(engine, "[MASK]天[MASK]", limited)
 
 
-def test_other_commands_continue_a_text_and_fill_one_blank(engine, monkeypatch, capsys):
-    monkeypatch.setattr(load, "open_choice", lambda *args, **kwargs: for_commands(engine))
+@pytest.mark.usefixtures("opened")
+def test_other_commands_continue_a_text_and_fill_one_blank(engine, capsys):
     for text, note in (
         ("天气", "no blank: continuing it, as if it ended in [gMASK]"),
         (TEXT, "3 blanks: only the first is filled; python -m infer.fill fills all"),

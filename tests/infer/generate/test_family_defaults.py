@@ -32,6 +32,7 @@ def sampled(monkeypatch):
         else:
             engine = toy_engine(share=warm_engine(), family=family.partition("-")[0])
         monkeypatch.setattr(load, "open_choice", lambda *args, **kwargs: for_commands(engine))
+        monkeypatch.setattr("infer.fill.run.check_model", lambda choice: choice)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         with pytest.raises(Asked) as asked:
             command([*flags, "--compile-cache", "off"])

@@ -7,6 +7,7 @@ import pytest
 
 import infer
 from glm2_jax import PRESETS
+from glm2_jax.cli.messages import human_size
 from glm2_jax.errors import DeviceError, UsageError
 from glm2_jax.runtime.machine import Gpu, Nvidia
 from infer.engine import load
@@ -56,6 +57,18 @@ def test_fewer_draft_tokens_and_smaller_chunks_fit_nearest():
     assert room < dataclasses.replace(wanted, chunk=1024).total < wanted.total
     with pytest.raises(DeviceError, match=r"What fits: --prefill-chunk 512 \("):
         settle(limited(room), [wanted])
+
+
+def test_a_cache_in_int8_is_named_where_it_makes_the_difference():
+    wanted, notes = Plan(SIX, INT4, 32768, 8), []
+    room = dataclasses.replace(wanted, kv="int8").total
+    assert room < wanted.total
+    with pytest.raises(DeviceError, match=rf"; or --kv int8 \({human_size(room)}\)"):
+        settle(limited(room), [wanted])
+    assert settle(limited(room), [wanted], None, notes.append).context < 32768
+    assert notes[0].endswith("(all fit with --kv int8)")
+    for plan, memory in ((wanted, room - 1), (dataclasses.replace(wanted, kv="int8"), room - 1)):
+        assert not [other for other in nearest(plan, memory, precisions()) if other.kv != plan.kv]
 
 
 def test_a_default_context_is_made_shorter_but_not_one_that_was_asked_for():

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm2_jax.datasets.encode import Encoder
 from glm2_jax.errors import InputError
 from glm2_jax.text.prompt import build_prompt
 from glm2_jax.text.tokenizer import Tokenizer
-from infer.datasets.encode import Encoder
 from tests.glm2_jax.test_family_parity import glm_config, params_of, stored, weights_of
 from tests.support.engine_toy import family_engine
 from tests.support.sp_model import sp_model

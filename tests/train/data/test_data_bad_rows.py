@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm2_jax.datasets.encode import Encoder
+from glm2_jax.datasets.index import DataFile
+from glm2_jax.datasets.rows import read_rows
 from glm2_jax.errors import GLMError, InputError
 from glm2_jax.text.prompt import build_prompt
-from infer.datasets.encode import Encoder
-from infer.datasets.index import DataFile
-from infer.evaluate.rows import read_rows
 from tests.support.fuzz_inputs import damaged
 from tests.support.training_data import (
     CONVERSATIONS,

@@ -10,8 +10,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from glm2_jax.datasets.encode import Encoder
 from glm2_jax.text.tokenizer import AddedToken
-from infer.datasets.encode import Encoder
 from tests.support.paths import ROOT
 from tests.support.training_data import GLM2, GLM3, alpaca, open_files, write_rows
 from train.data import scan as cache

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm2_jax.datasets.encode import Encoder
+from glm2_jax.datasets.formats import read_messages
+from glm2_jax.datasets.index import DataFile
+from glm2_jax.datasets.rows import parse_row, read_rows
 from glm2_jax.errors import InputError
 from glm2_jax.text.prompt import build_prompt
 from glm2_jax.text.roles import build_messages
-from infer.datasets.encode import Encoder
-from infer.datasets.formats import read_messages
-from infer.datasets.index import DataFile
-from infer.evaluate.rows import BadRows, parse_row, read_rows
+from infer.evaluate.rows import BadRows
 from tests.support.training_data import (
     CHATGLM3,
     CONVERSATIONS,

@@ -14,8 +14,7 @@ from typing import Any
 
 from glm2_jax.cli.text_input import parse_json
 from glm2_jax.errors import InputError, shorten
-from glm2_jax.text.roles import ROLES, reply_messages
-from infer.requests.request import parse_history
+from glm2_jax.text.roles import ROLES, parse_history, reply_messages
 
 Message = dict[str, Any]
 Fields = Mapping[str, Any]  # of a row, or of an entry of its conversation

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from glm2_jax.datasets.formats import Message
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.text.prompt import MASKS, build_followup, build_prompt, with_blank
 from glm2_jax.text.roles import build_messages, message_ids
 from glm2_jax.text.template import find_template
 from glm2_jax.text.tokenizer import Tokenizer
-from infer.datasets.formats import Message
 
 
 class Encoder:

@@ -1,4 +1,4 @@
 """Turns rows of data files into conversations, and those into tokens, to train and evaluate on."""
 
 FORMATS = ("alpaca", "sharegpt", "messages", "adgen", "prompt")
-"""The formats of rows; `infer.datasets.formats` reads them."""
+"""The formats of rows; `glm2_jax.datasets.formats` reads them."""

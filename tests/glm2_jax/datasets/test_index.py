@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm2_jax.datasets import index
+from glm2_jax.datasets.index import MAX_ROW, PACKED, DataFile
+from glm2_jax.datasets.rows import parse_row, read_rows
 from glm2_jax.errors import InputError
-from infer.datasets import index
-from infer.datasets.index import MAX_ROW, PACKED, DataFile
-from infer.evaluate.rows import BadRows, parse_row, read_rows
+from infer.evaluate.rows import BadRows
 from tests.support.training_data import alpaca, open_files, write_rows
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

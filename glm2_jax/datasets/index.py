@@ -21,8 +21,8 @@ from io import BufferedReader
 from typing import BinaryIO, NamedTuple
 
 from glm2_jax.cli.text_input import refuse_wide
+from glm2_jax.datasets.tables import PARQUET, csv_records, delimiter_of, parquet_records
 from glm2_jax.errors import InputError
-from infer.datasets.tables import PARQUET, csv_records, delimiter_of, parquet_records
 
 MAX_ROW = 16 * 2**20  # bytes; no model could learn from a longer row
 _PIECE = 1 << 20
