@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import re
 
 import jax
@@ -40,9 +41,11 @@ from tests.support.toy import jit_forward, quantized, random_tokens, toy_params
 TOY = dataclasses.replace(THREE_LAYERS, num_layers=2)
 TOKENS, KEY = random_tokens(2, 8), jax.random.key(3)
 ALL = "all-linear"
-# As users have it compiled: bits are compared.
-jit_last = jax.jit(last_logits, static_argnums=0, compiler_options=compiler_options("cpu"))
 OPTIONS = compiler_options("cpu")
+EMITTERS = "xla_cpu_use_fusion_emitters"
+# Fusions as users have them: bits are compared.
+AS_USERS = OPTIONS | ({EMITTERS: True} if EMITTERS in os.environ.get("XLA_FLAGS", "") else {})
+jit_last = jax.jit(last_logits, static_argnums=0, compiler_options=AS_USERS)
 jit_hidden = jax.jit(hidden, static_argnums=0, static_argnames="remat", compiler_options=OPTIONS)
 
 
