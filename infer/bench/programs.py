@@ -167,7 +167,10 @@ class Workload:
             pending = None
             start = time.perf_counter()
             for _ in range(shape.steps):
-                state, output = self._executor.decode(controls, keep, state)
+                drafts = None
+                if self.config.idea.drafts:
+                    state, drafts = self._executor.draft(keep, state)
+                state, output = self._executor.decode(controls, keep, state, drafts=drafts)
                 output.tokens.copy_to_host_async()
                 if pending is not None:
                     np.asarray(pending)
