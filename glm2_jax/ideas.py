@@ -182,5 +182,7 @@ class Sample:
         config = dataclasses.replace(self.config, idea=idea)
         with listening() as told:
             run = jax.jit(lambda params, tokens: forward(config, params, tokens)[0])
-            jax.block_until_ready(run(self.params, self.tokens))
+            traced = run.trace(self.params, self.tokens)
+            if told:
+                jax.block_until_ready(traced.lower().compile()(self.params, self.tokens))
         return {name: sum(values) / len(values) for name, values in told.items()}

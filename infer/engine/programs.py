@@ -61,15 +61,10 @@ class Programs:
         """How many programs there are; constant once everything is warm."""
         return len(self._programs)
 
-    def bytes_accessed(self, *names: str) -> float | None:
-        """Return the bytes that all programs of these names move, as the compiler counts them; None
-        where it does not."""
-        found = [
-            program.cost_analysis() for at, program in self._programs.items() if at[0] in names
-        ]
-        if not found or not all(costs and "bytes accessed" in costs for costs in found):
-            return None
-        return sum(costs["bytes accessed"] for costs in found)
+    def bytes_accessed(self, name: str, key: Hashable) -> float | None:
+        """Return the bytes that a compiled program moves, as the compiler counts them; None where
+        it does not."""
+        return (self._programs[name, key].cost_analysis() or {}).get("bytes accessed")
 
     def call(
         self,

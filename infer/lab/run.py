@@ -121,7 +121,7 @@ class Lab:
         if idea.drafts:
             tokens, same = self._drafted(engine)
             reads = reads._replace(tokens=tokens)
-        load = Workload(engine.config, engine.checkpoint.params, engine.executor.kv)
+        load = Workload(engine.config, engine.checkpoint.params, executor=engine.executor)
         decode = load.decode(self.shape)
         cache = engine.executor.new_cache(1, self.settings.context)
         vector = vector_bytes(config.head_dim, jnp.dtype(engine.executor.cache_dtype).itemsize)
@@ -133,7 +133,7 @@ class Lab:
             told=told,
             reads=reads,
             read_bytes=step_bytes(config, engine.checkpoint.params, vector, reads),
-            moved_bytes=load.programs.bytes_accessed("decode", "draft", "verify"),
+            moved_bytes=load.moved(self.shape),
             cache_bytes=kept_bytes(engine.config, vector, reads),
             allocated_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves((cache.k, cache.v))),
             same_answers=same,

@@ -2,6 +2,8 @@
 
 import dataclasses
 from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +14,20 @@ from glm2_jax import KVCache, forward
 from glm2_jax.attention import Visibility
 from glm2_jax.ideas import Idea, Sample, Seen
 from glm2_jax.model import unstack_layers
-from infer.engine.params import SamplingParams
 from infer.lab.files import read_ideas
-from tests.support import hurry
-from tests.support.engine_toy import TOY as ENGINE_TOY
-from tests.support.engine_toy import toy_engine
-from tests.support.engine_toy import toy_params as engine_params
+from tests.support import hurry, toy
 from tests.support.paths import ROOT
-from tests.support.toy import TOY, random_tokens, toy_params
 
-PARAMS = unstack_layers(toy_params())
-TOKENS = random_tokens(2, 14)
+TOY = dataclasses.replace(toy.TOY, num_layers=2)
+PARAMS = unstack_layers(toy.toy_params(TOY))
+TOKENS = toy.random_tokens(2, 14)
 compiled = partial(jax.jit, compiler_options=hurry.OPTIONS)
 
 
-def idea_of(name: str, **options) -> Idea:
+def idea_of(name: str, sample: Any = None, **options) -> Idea:
     given = [(key, str(value)) for key, value in options.items()]
     (file,) = read_ideas([str(ROOT / "examples/lab" / f"{name}.py")], given)
-    return file.idea(Sample(TOY, PARAMS, TOKENS))
+    return file.idea(sample)
 
 
 def having(idea: Idea, **changes):
@@ -54,16 +52,14 @@ def stepped(config) -> np.ndarray:
 
 
 NO_EFFECT = {
-    "layer_skip": {"skip": 0},
+    "layer_skip": {"skip": 0, "sample": SimpleNamespace(measure=lambda idea: {"0": 1, "1": 0})},
     "early_exit": {"threshold": 1.1},
     "window_sinks": {"window": 14},
     "heavy_hitters": {"budget": 14},
-    "kv_int8": {"kv": "auto"},
     "token_merge": {"threshold": 1.1},
     "topk_attention": {"k": 14},
 }
 EFFECT = {
-    "layer_skip": {"skip": 1},
     "early_exit": {"threshold": 0.05, "first": 1},
     "window_sinks": {"window": 4, "sinks": 2},
     "heavy_hitters": {"budget": 5, "recent": 2},
@@ -74,7 +70,7 @@ EFFECT = {
 
 def test_every_file_is_looked_at():
     names = {path.stem for path in (ROOT / "examples/lab").glob("*.py")}
-    assert names == {*NO_EFFECT, "self_speculative"}
+    assert names == {*NO_EFFECT, "kv_int8", "self_speculative"}
     for name in names:
         lines = (ROOT / "examples/lab" / f"{name}.py").read_text("utf-8").splitlines()
         assert 10 < len(lines) <= 60, name
@@ -95,11 +91,16 @@ def test_cached_is_uncached(name):
 
 
 def test_skipping_layers_is_a_model_without_them():
-    idea = idea_of("layer_skip", skip=1)
-    fewer = dataclasses.replace(TOY, num_layers=2)
-    left = [logits(fewer, layers) for layers in ((1, 2), (0, 2), (0, 1))]
+    idea = idea_of("layer_skip", Sample(TOY, PARAMS, TOKENS), skip=1)
+    fewer = dataclasses.replace(TOY, num_layers=1)
+    left = [logits(fewer, (layer,)) for layer in range(2)]
     equal = [np.allclose(logits(having(idea)), one, atol=1e-5) for one in left]
     assert sum(equal) == 1
+
+
+def test_keys_and_values_in_int8_are_a_setting_of_the_cache():
+    assert idea_of("kv_int8") == Idea(kv="int8")
+    assert idea_of("kv_int8", kv="auto") == Idea(kv="auto")
 
 
 def test_leaving_early_is_a_model_of_the_first_layers():
@@ -191,25 +192,3 @@ def test_merged_neighbours_are_their_mean_and_count_twice():
         expected = weights @ values / weights.sum(-1, keepdims=True)
         np.testing.assert_allclose(found[b, head, :, t], expected, atol=1e-5)
     assert merged > 10
-
-
-def test_self_speculation_answers_as_the_model():
-    idea = idea_of("self_speculative", skip=1, drafts=2)
-    params, config = unstack_layers(engine_params()), dataclasses.replace(ENGINE_TOY, idea=idea)
-    first, second = params["layers"]  # the second one drafts, and is right now and then
-    first = {**first, "o": first["o"] * 0.1, "down": first["down"] * 0.1}
-    params = {**params, "layers": [first, second]}
-    greedy = SamplingParams(temperature=0, max_new_tokens=20)
-    found = toy_engine(params, config=config).complete([[5, 6, 7], [9]], greedy)
-    stats = found[0].stats
-    assert stats.drafted_tokens == 2 * stats.passes
-    assert 0 < stats.accepted_tokens < stats.drafted_tokens
-    tokens = np.zeros((2, 32), np.int32)
-    for row, one in enumerate(found):
-        ids = [*one.prompt_ids, *one.output_ids]
-        tokens[row, : len(ids)] = ids
-    out, _ = compiled(partial(forward, ENGINE_TOY))(params, tokens)
-    for row, one in enumerate(found):
-        start = len(one.prompt_ids) - 1
-        best = np.asarray(out[row, start : start + 20]).argmax(axis=-1)
-        assert best.tolist() == list(one.output_ids)
