@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -79,6 +80,13 @@ class Idea:
     drafts: int = 0
     reads: Callable[[Reads, Mapping[str, float]], Reads] | None = None
 
+    def __post_init__(self) -> None:
+        if (self.draft is None) == (self.drafts > 0):
+            raise UsageError(
+                f"an idea needs both `draft` and `drafts` or neither, got drafts={self.drafts}.",
+                "The number of drafts is a shape of the program.",
+            )
+
 
 def layers_of(idea: Idea, params: Mapping[str, Any]) -> Any:
     """Return the layers of the params; UsageError: an idea runs them, and they are stacked."""
@@ -111,14 +119,21 @@ def check(hook: Callable[..., Any], got: Any, like: Any) -> Any:
     came, expected = (jax.tree.map(_shape, tree) for tree in (got, like))
     if came == expected and jax.tree.structure(got) == jax.tree.structure(like):
         return got
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    code = hook.__code__
     raise InputError(
-        f"{code.co_filename}:{code.co_firstlineno}: {hook.__name__} returned other shapes.",
+        f"{place_of(hook)} returned other shapes.",
         f"Expected {_written(expected)}, got {_written(came)}.",
         "A program has the same shapes with every idea.",
     )
+
+
+def place_of(hook: Callable[..., Any]) -> str:
+    """Return where a hook is defined, and its name, for an error: "FILE:LINE: name"."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    hook = inspect.unwrap(hook)
+    code = getattr(hook, "__code__", None) or getattr(type(hook).__call__, "__code__", None)
+    place = "" if code is None else f"{code.co_filename}:{code.co_firstlineno}: "
+    return place + getattr(hook, "__name__", type(hook).__name__)
 
 
 def _shape(x: Any) -> str:

@@ -220,8 +220,8 @@ def draft(
         part = Part(token[:, None], active, jnp.zeros_like(active))
         return _read(dataclasses.replace(config, idea=idea), params, part, cache)
 
-    found, written = idea.draft(step, state.token, cache)
-    check(idea.draft, found, jax.ShapeDtypeStruct((len(active), idea.drafts), jnp.int32))
+    like = jax.ShapeDtypeStruct((len(active), idea.drafts), jnp.int32), cache
+    found, written = check(idea.draft, idea.draft(step, state.token, cache), like)
     return found, dataclasses.replace(written, length=cache.length)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from glm2_jax.cli.main import is_out_of_memory
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import GLMError, InputError, UsageError, shorten
-from glm2_jax.ideas import Idea, Sample
+from glm2_jax.ideas import Idea, Sample, place_of
 
 _WORDS = {"true": True, "false": False}
 
@@ -40,9 +40,8 @@ class IdeaFile:
             made = self.make(*(sample,) * self.measures, **self.options)
         if isinstance(made, Idea):
             return made
-        line = self.make.__code__.co_firstlineno
         raise InputError(
-            f"{self.path}:{line}: idea returned {shorten(made)}.",
+            f"{place_of(self.make)} returned {shorten(made)}.",
             "Expected glm2_jax.ideas.Idea.",
             "Return Idea(...), with the functions that it changes.",
         )
@@ -96,7 +95,7 @@ def _read(path: str) -> IdeaFile:
     missing = [name for name, default in options.items() if default is inspect.Parameter.empty]
     if missing or len(places) > 1:
         raise InputError(
-            f"{path}:{make.__code__.co_firstlineno}: `idea` cannot be called.",
+            f"{place_of(make)} cannot be called.",
             f"Expected at most a sample, and options with defaults after *, got "
             f"{inspect.signature(make)}.",
             "Write def idea(sample, *, share=0.5), or def idea(*, share=0.5).",

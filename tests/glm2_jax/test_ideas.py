@@ -84,6 +84,17 @@ def test_other_shapes_are_refused_with_the_line_of_the_hook(hooks, expected, got
     assert expected in error.value.why.split(", got ")[0] and got in error.value.why
 
 
+def test_drafts_of_other_shapes_are_refused():
+    cache = jax.eval_shape(lambda: KVCache.zeros(TOY, 2, 32, jnp.float32))
+    ones = jnp.ones(2, jnp.int32)
+    state = steps.State(None, ones, ones, ones > 0, ones)
+    config = having(draft=lambda step, token, cache: (token, cache), drafts=3)
+    with pytest.raises(InputError, match=r"(?s)test_ideas.py:.*int32 \[2, 3\].*got \(int32 \[2\]"):
+        jax.eval_shape(partial(steps.draft, config), LISTED, ones > 0, state, cache)
+    with pytest.raises(UsageError, match="both `draft` and `drafts`"):
+        Idea(drafts=3)
+
+
 def test_stacked_layers_are_refused_where_an_idea_runs_them():
     with pytest.raises(UsageError, match="layers as a list"):
         traced(having(blocks=in_order), abstract_params(TOY))
