@@ -21,6 +21,7 @@ from infer.lab import run
 from infer.lab.__main__ import main, parser
 from infer.lab.cost import kept_bytes, step_bytes, usual_reads
 from infer.lab.files import blamed, read_ideas
+from infer.lab.report import Report, Result, draw, show
 from infer.memory.precision import Precision, vector_bytes
 from infer.memory.shares import abstract_params
 from tests.support import engine_toy
@@ -63,6 +64,23 @@ def test_the_report_of_an_idea_that_drafts(monkeypatch, tmp_path, capsys):
     assert idea["read_bytes"] * idea["tokens_per_step"] > model["read_bytes"]
     assert model["cache_bytes"] == model["allocated_bytes"] == idea["cache_bytes"]
     assert model["moved_bytes"] > model["read_bytes"] / 2
+
+
+def test_the_table_and_the_picture(tmp_path, capsys):
+    reads = Reads(4, 1, 9, 9, 9)
+    found = Result("full model", 2.0, 0.0, 1.0, {}, reads, 4e6, None, 1e5, 10, seconds=[0.5, 0.25])
+    drafting = dataclasses.replace(
+        found, name="drafting", perplexity=3.0, told={"share": 0.25}, options={"skip": 2},
+        reads=reads._replace(tokens=2), moved_bytes=8e6, same_answers=False,
+    )  # fmt: skip
+    report = Report({"model": "toy", "device": "none"}, 512, [found, drafting])
+    show(report, as_json=False)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "full model 2 0 100.00 % 4 1 4.0 MB ? 100.0 kB" in out
+    assert "drafting 3 0 100.00 % 8 2 2.0 MB 4.0 MB 100.0 kB" in out
+    assert "drafting: skip 2, share 0.25, greedy answers the same: no" in out
+    draw(report, str(tmp_path / "lab.svg"))
+    assert "drafting" in (tmp_path / "lab.svg").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -170,9 +188,12 @@ def test_the_page_shows_every_idea_and_commands_that_exist():
     for command in commands:
         for name in parser().parse_args(command.replace("*", "layer_skip").split()).ideas:
             assert not name.startswith("examples/") or (ROOT / name).exists()
-    rows = re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
+    table = page[page.index("## What eight") : page.index("## Write one")]
+    rows = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
     assert sorted(set(rows)) == sorted(path.stem for path in LAB.glob("*.py"))
-    assert Reads._fields[0] in page  # the names that an idea uses
+    hooks = page[page.index("| hook |") :]
+    names = [field.name for field in dataclasses.fields(Idea)] + list(Reads._fields[:-1])
+    assert [name for name in names if f"`{name}" not in hooks] == []
 
 
 def test_the_idea_on_the_page_is_the_one_it_says(tmp_path):
