@@ -178,26 +178,3 @@ def listening() -> Iterator[dict[str, list[float]]]:
         jax.effects_barrier()
     finally:
         _TOLD.reset(token)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A model and some tokens, for an idea that measures before it decides."""
-
-    config: Any  # GLMConfig
-    params: Any  # with the layers as a list
-    tokens: Any  # int32 [B, T], without padding
-
-    def measure(self, idea: Idea) -> dict[str, float]:
-        """Read the tokens with an idea; return the means of what it told."""
-        import jax
-
-        from glm2_jax.model import forward
-
-        config = dataclasses.replace(self.config, idea=idea)
-        with listening() as told:
-            run = jax.jit(lambda params, tokens: forward(config, params, tokens)[0])
-            traced = run.trace(self.params, self.tokens)
-            if told:
-                jax.block_until_ready(traced.lower().compile()(self.params, self.tokens))
-        return {name: sum(values) / len(values) for name, values in told.items()}

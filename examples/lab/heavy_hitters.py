@@ -18,7 +18,7 @@ from glm2_jax.cache import take_slots
 from glm2_jax.ideas import Idea
 
 
-def idea(*, budget: int = 16, recent: int = 8) -> Idea:
+def idea(*, budget: int = 20, recent: int = 10) -> Idea:
     recent = min(recent, budget - 1)
 
     def attention(usual, seen):

@@ -10,7 +10,8 @@ Costs: quality, and the more the fewer layers a model has. The cache still has r
 
 import jax.numpy as jnp
 
-from glm2_jax.ideas import Idea, Sample, tell
+from glm2_jax.ideas import Idea, tell
+from infer.lab.sample import Sample
 
 
 def cosine(a, b):

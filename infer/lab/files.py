@@ -15,7 +15,8 @@ from typing import Any
 from glm2_jax.cli.main import is_out_of_memory
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import GLMError, InputError, UsageError, shorten
-from glm2_jax.ideas import Idea, Sample, place_of
+from glm2_jax.ideas import Idea, place_of
+from infer.lab.sample import Sample
 
 _WORDS = {"true": True, "false": False}
 

@@ -125,15 +125,13 @@ def draw(report: Report, path: str) -> None:
     )
     for axes, (label, value) in zip(figure.subplots(1, 2, sharey=True), shown, strict=True):
         for number, result in enumerate(report.results):
-            place = value(result), result.perplexity
-            axes.plot(*place, "k*" if number == 0 else "o", markersize=11 if number == 0 else 7)
-            axes.annotate(
-                result.name, place, xytext=(6, 5), textcoords="offset points", fontsize=8,
-            )  # fmt: skip
-        axes.axhline(report.results[0].perplexity, color="grey", linewidth=0.8, linestyle=":")
-        axes.margins(x=0.2, y=0.1)
-        axes.set(xlabel=label, yscale="log")
+            place = value(result), result.kl_divergence
+            axes.plot(*place, "o" if number else "k*", markersize=7 if number else 11)
+            axes.annotate(result.name, place, xytext=(6, 5), textcoords="offset points", fontsize=8)
+        axes.set_yscale("symlog", linthresh=1e-6)  # 0 is where the model itself is
+        axes.margins(x=0.25, y=0.1)
+        axes.set_xlabel(label)
         axes.grid(True, which="major", alpha=0.3)
-    figure.axes[0].set_ylabel("perplexity")
+    figure.axes[0].set_ylabel("KL(full model || this), nats a token")
     figure.suptitle(f"{report.about['model']}, {report.about['device']}", fontsize=10, wrap=True)
     figure.savefig(path, dpi=110)

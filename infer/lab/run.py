@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from glm2_jax.cli.arguments import check_plot
 from glm2_jax.cli.files import require_file_place
 from glm2_jax.cli.messages import note
 from glm2_jax.errors import InputError, UsageError, shorten
-from glm2_jax.ideas import Idea, Reads, Sample, place_of
+from glm2_jax.ideas import Idea, Reads, place_of
 from glm2_jax.runtime.machine import describe_device
 from infer.bench.host import describe_host, load_text
 from infer.bench.programs import Run, Shape, Workload
@@ -25,13 +24,12 @@ from infer.evaluate.rows import BUNDLED, BadRows, data_file, parse_row, read_row
 from infer.lab.cost import kept_bytes, step_bytes, usual_reads
 from infer.lab.files import IdeaFile, blamed, read_ideas
 from infer.lab.report import Report, Result, draw, show
+from infer.lab.sample import Sample
 from infer.memory.precision import vector_bytes
 from infer.startup import find_choice, note_demo_model, open_engine
 
 if TYPE_CHECKING:
     from infer.lab.options import Settings
-
-SAMPLE_ROWS, SAMPLE_TOKENS = 8, 256  # at most, of what an idea measures
 
 
 def run(settings: Settings) -> int:
@@ -78,7 +76,7 @@ class Lab:
                 f"The model's context is {engine.config.seq_length}.",
                 "Choose smaller numbers.",
             )
-        self.sample = sample_of(engine, material)
+        self.sample = Sample.of(engine, material)
 
     def report(self) -> Report:
         """Return a report without results."""
@@ -175,12 +173,3 @@ def prompt_of(item: Item, prefix: int) -> list[int]:
     plain text, where all after the `prefix` ids count."""
     first = list(item.counted).index(True)
     return list(item.ids[: first if first > prefix else len(item.ids) // 2])
-
-
-def sample_of(engine: Engine, material: Material) -> Sample:
-    """Return rows of one length, without padding: of the longer half of them, and cut."""
-    rows = sorted((item.ids[:-1] for item in material.items), key=len)
-    rows = rows[len(rows) // 2 :][:SAMPLE_ROWS]
-    length = min(len(rows[0]), SAMPLE_TOKENS)
-    tokens = np.array([row[:length] for row in rows], np.int32)
-    return Sample(engine.config, engine.checkpoint.params, tokens)

@@ -10,7 +10,7 @@ import pytest
 
 from glm2_jax import KVCache, forward
 from glm2_jax.errors import InputError, UsageError
-from glm2_jax.ideas import Idea, Sample, tell
+from glm2_jax.ideas import Idea, listening, tell
 from glm2_jax.model import unstack_layers
 from infer.engine import steps
 from tests.support import hurry, toy
@@ -18,6 +18,7 @@ from tests.support.toy import abstract_params, random_tokens, toy_params
 
 TOY = dataclasses.replace(toy.TOY, num_layers=2)
 LISTED = jax.eval_shape(unstack_layers, abstract_params(TOY))
+compiled = partial(jax.jit, compiler_options=hurry.OPTIONS)
 TOKENS = jax.ShapeDtypeStruct((2, 5), jnp.int32)
 
 
@@ -109,7 +110,7 @@ def test_notes_stay_with_their_slots():
         return usual(seen), {"saw": seen.notes["saw"] + saw[:, None]}
 
     config = having(attention=attention, notes=("saw",))
-    step = jax.jit(partial(forward, config), compiler_options=hurry.OPTIONS)
+    step = compiled(partial(forward, config))
     params, tokens = unstack_layers(toy_params(TOY)), random_tokens(2, 3)
     cache = KVCache.zeros(config, 2, 8, jnp.float32)
     for _ in range(2):
@@ -121,13 +122,15 @@ def test_notes_stay_with_their_slots():
     assert (np.asarray(cache.k.notes["saw"]) == saw + [3, 3, 3, 0, 0, 0, 0, 0]).all()
 
 
-def test_what_programs_tell_is_averaged_and_costs_nothing_where_nobody_listens():
+def test_what_programs_tell_is_heard_and_costs_nothing_where_nobody_listens():
     def blocks(layers, carry):
         for layer in range(layers.count):
             tell("number", jnp.full(4, layer))
             carry = layers.run(carry, layer)
         return carry
 
-    sample = Sample(TOY, unstack_layers(toy_params(TOY)), random_tokens(1, 4))
-    assert sample.measure(Idea(blocks=blocks)) == {"number": 0.5}
+    params, tokens = unstack_layers(toy_params(TOY)), random_tokens(1, 4)
+    with listening() as told:
+        compiled(partial(forward, having(blocks=blocks)))(params, tokens)
+    assert sorted(told["number"]) == [0, 1]
     assert decode_text(having(blocks=blocks)) == decode_text(TOY)

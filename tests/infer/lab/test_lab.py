@@ -13,7 +13,7 @@ import pytest
 from convert.loading.checkpoint import Checkpoint
 from glm2_jax import PRESETS
 from glm2_jax.errors import InputError
-from glm2_jax.ideas import Idea, Reads, Sample
+from glm2_jax.ideas import Idea, Reads
 from glm2_jax.model import unstack_layers
 from infer.bench.programs import Shape, work
 from infer.engine.engine import Engine
@@ -22,6 +22,7 @@ from infer.lab.__main__ import main, parser
 from infer.lab.cost import kept_bytes, step_bytes, usual_reads
 from infer.lab.files import blamed, read_ideas
 from infer.lab.report import Report, Result, draw, show
+from infer.lab.sample import Sample
 from infer.memory.precision import Precision, vector_bytes
 from infer.memory.shares import abstract_params
 from tests.support import engine_toy

@@ -12,9 +12,10 @@ import pytest
 
 from glm2_jax import KVCache, forward
 from glm2_jax.attention import Visibility
-from glm2_jax.ideas import Idea, Sample, Seen
+from glm2_jax.ideas import Idea, Seen
 from glm2_jax.model import unstack_layers
 from infer.lab.files import read_ideas
+from infer.lab.sample import Sample
 from tests.support import hurry, toy
 from tests.support.paths import ROOT
 
