@@ -122,7 +122,7 @@ def check(hook: Callable[..., Any], got: Any, like: Any) -> Any:
     raise InputError(
         f"{place_of(hook)} returned other shapes.",
         f"Expected {_written(expected)}, got {_written(came)}.",
-        "A program has the same shapes with every idea.",
+        "Return the shapes and dtypes of what the hook replaces.",
     )
 
 

@@ -76,7 +76,7 @@ def _read(path: str) -> IdeaFile:
         line = getattr(error, "lineno", None) or 1
         why = getattr(error, "msg", str(error))
         raise InputError(
-            f"{path}:{line}: not Python: {why}.", fix="Name a file of Python."
+            f"{path}:{line}: not Python: {why}.", fix="Name a Python file with a function `idea`."
         ) from error
     module = ModuleType(f"glm2_lab_{Path(path).stem}")
     module.__file__ = path
