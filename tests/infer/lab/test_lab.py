@@ -16,6 +16,7 @@ from glm2_jax.errors import InputError
 from glm2_jax.ideas import Idea, Reads
 from glm2_jax.model import unstack_layers
 from infer.bench.programs import Shape, work
+from infer.engine import steps
 from infer.engine.engine import Engine
 from infer.lab import run
 from infer.lab.__main__ import main, parser
@@ -45,8 +46,15 @@ def toy_lab_engine(*args: Any, **kwargs: Any) -> Engine:
     return Engine(Checkpoint(TOY, params, made.tokenizer, made.template, "toy", summary))
 
 
+def most_likely(logits, keys, counts, rows, allowed=None):
+    """In place of `sample`, which compiles long and is looked at elsewhere."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
 def test_the_report_of_an_idea_that_drafts(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "open_engine", toy_lab_engine)
+    monkeypatch.setattr(steps, "sample", most_likely)
+    monkeypatch.setattr(steps, "token_logprobs", lambda *_: None)
     prompts = tmp_path / "rows.jsonl"
     prompts.write_text(json.dumps({"prompt": "hello you", "response": "ok"}), encoding="utf-8")
     flags = "--context 20 --steps 2 --repeat 1 --batch-size 1 --json --max-new-tokens 20"
