@@ -64,7 +64,9 @@ class Programs:
     def bytes_accessed(self, name: str, key: Hashable) -> float | None:
         """Return the bytes that a compiled program moves, as the compiler counts them; None where
         it does not."""
-        return (self._programs[name, key].cost_analysis() or {}).get("bytes accessed")
+        program = self._programs.get((name, key))  # none where jit is disabled
+        costs = None if program is None else program.cost_analysis()
+        return (costs or {}).get("bytes accessed")
 
     def call(
         self,
