@@ -92,9 +92,7 @@ def test_the_table_and_the_picture(tmp_path, capsys):
     assert "drafting" in (tmp_path / "lab.svg").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("name", "quantize"), [("chatglm2-6b", "int4"), ("glm-4-9b-0414", None), ("chatglm-6b", None)]
-)
+@pytest.mark.parametrize(("name", "quantize"), [("chatglm2-6b", "int4"), ("chatglm-6b", None)])
 def test_the_usual_bytes_are_those_of_the_benchmark(name, quantize):
     config, precision = PRESETS[name], Precision("bfloat16", quantize)
     params = jax.eval_shape(unstack_layers, abstract_params(config, precision))

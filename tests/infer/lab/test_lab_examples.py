@@ -20,7 +20,8 @@ from tests.support import hurry, toy
 from tests.support.paths import ROOT
 
 TOY = dataclasses.replace(toy.TOY, num_layers=2)
-PARAMS = unstack_layers(toy.toy_params(TOY))
+STACKED = toy.toy_params(TOY)
+PARAMS = unstack_layers(STACKED)
 TOKENS = toy.random_tokens(2, 14)
 compiled = partial(jax.jit, compiler_options=hurry.OPTIONS)
 
@@ -36,10 +37,17 @@ def having(idea: Idea, **changes):
 
 
 @cache
-def logits(config, layers=tuple(range(TOY.num_layers))) -> np.ndarray:
+def logits(config, layers: tuple[int, ...] | None = None) -> np.ndarray:
     """Of all tokens at once, by the layers of these numbers."""
-    params = {**PARAMS, "layers": [PARAMS["layers"][number] for number in layers]}
+    params = params_of(config)
+    if layers is not None:
+        params = {**PARAMS, "layers": [PARAMS["layers"][number] for number in layers]}
     return np.asarray(compiled(partial(forward, config))(params, TOKENS)[0])
+
+
+def params_of(config):
+    """Stacked, which compiles faster, but for ideas that run the layers."""
+    return STACKED if config.idea.blocks is None else PARAMS
 
 
 def stepped(config) -> np.ndarray:
@@ -47,13 +55,12 @@ def stepped(config) -> np.ndarray:
     step = compiled(lambda params, tokens, cache: forward(config, params, tokens, cache=cache))
     cache, found = KVCache.zeros(config, 2, 16, jnp.float32), []
     for column in range(TOKENS.shape[1]):
-        out, cache = step(PARAMS, TOKENS[:, column : column + 1], cache)
+        out, cache = step(params_of(config), TOKENS[:, column : column + 1], cache)
         found.append(np.asarray(out))
     return np.concatenate(found, axis=1)
 
 
 NO_EFFECT = {
-    "layer_skip": {"skip": 0, "sample": SimpleNamespace(measure=lambda idea: {"0": 1, "1": 0})},
     "early_exit": {"threshold": 1.1},
     "window_sinks": {"window": 14},
     "heavy_hitters": {"budget": 14},
@@ -71,7 +78,7 @@ EFFECT = {
 
 def test_every_file_is_looked_at():
     names = {path.stem for path in (ROOT / "examples/lab").glob("*.py")}
-    assert names == {*NO_EFFECT, "kv_int8", "self_speculative"}
+    assert names == {*NO_EFFECT, "layer_skip", "kv_int8", "self_speculative"}
     for name in names:
         lines = (ROOT / "examples/lab" / f"{name}.py").read_text("utf-8").splitlines()
         assert 10 < len(lines) <= 60, name
@@ -93,6 +100,12 @@ def test_cached_is_uncached(name):
 
 def test_skipping_layers_is_a_model_without_them():
     idea = idea_of("layer_skip", Sample(TOY, PARAMS, TOKENS), skip=1)
+    sample = SimpleNamespace(measure=lambda idea: {"0": 1, "1": 0})
+    programs = [
+        jax.jit(partial(forward, config)).lower(PARAMS, TOKENS).as_text()
+        for config in (TOY, having(idea_of("layer_skip", sample, skip=0)))
+    ]
+    assert programs[0] == programs[1]
     fewer = dataclasses.replace(TOY, num_layers=1)
     left = [logits(fewer, (layer,)) for layer in range(2)]
     equal = [np.allclose(logits(having(idea)), one, atol=1e-5) for one in left]
