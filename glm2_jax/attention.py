@@ -106,10 +106,32 @@ def scaled_scores(q: jax.Array, k: jax.Array | QTensor, mask: jax.Array) -> jax.
     """Return q k^T / sqrt(H), the lowest float32 where the mask [B, T, S] is False.
 
     The queries are [B, T, K, G, H], the keys [B, K, S, H], the scores float32 [B, K, G, T, S].
+    A mask that differs between key/value heads is [B, K, T, S].
     """
     q = jnp.einsum("BTKGH->BKGTH", q)
     scores = _products(q, k) / jnp.sqrt(jnp.float32(q.shape[-1]))
-    return jnp.where(mask[:, None, None], scores, _LOWEST)
+    mask = mask[:, None, None] if mask.ndim == 3 else mask[:, :, None]
+    return jnp.where(mask, scores, _LOWEST)
+
+
+def attend_where(
+    q: jax.Array,
+    k: jax.Array | QTensor,
+    v: jax.Array | QTensor,
+    mask: jax.Array,
+    bias: jax.Array | float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Attend where a mask allows it, as `scaled_scores` takes it, with a bias added to the scores.
+
+    Returns [B, T, N, H] in q's dtype, and the probabilities, float32 [B, K, G, T, S]. All scores
+    are in memory at once.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    scores = scaled_scores(q.reshape(B, T, K, N // K, H), k, mask)
+    probs = jax.nn.softmax(scores + bias, axis=-1)
+    out = jnp.einsum("BKGTH->BTKGH", _weighted(probs, v, q.dtype))
+    return out.reshape(B, T, N, H).astype(q.dtype), probs
 
 
 def _products(q: jax.Array, k: jax.Array | QTensor) -> jax.Array:

@@ -25,6 +25,19 @@ Stored = jax.Array | QTensor  # floats, or int8 with a scale for each vector [H]
 
 
 @flax.struct.dataclass
+class Noted:
+    """Keys, and numbers that an idea notes of each: see `glm2_jax.ideas`."""
+
+    stored: Stored
+    notes: dict[str, jax.Array]  # float32 [L, B, K, S], or those of one layer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the keys."""
+        return self.stored.shape
+
+
+@flax.struct.dataclass
 class KVCache:
     """Keys and values of every layer for a batch of rows, each with its own length.
 
@@ -32,7 +45,7 @@ class KVCache:
     `length` of a row to its `prefix` frees the row for another sequence.
     """
 
-    k: Stored  # [L, B, K, S, H], already rotated
+    k: Stored | Noted  # [L, B, K, S, H], already rotated
     v: Stored  # [L, B, K, S, H], always finite: see `glm2_jax.attention.finite_values`
     length: jax.Array  # int32 [B], written slots
     prefix: jax.Array  # int32 [B], leading slots that have no position (prefix tuning)
@@ -55,8 +68,9 @@ class KVCache:
             return QTensor(zeros, jnp.zeros(shape[:-1], jnp.float32), 8)
 
         def make() -> KVCache:
+            notes = {name: jnp.zeros(shape[:-1], jnp.float32) for name in config.idea.notes}
             return cls(
-                k=stored(),
+                k=Noted(stored(), notes) if notes else stored(),
                 v=stored(),
                 length=jnp.zeros(batch, jnp.int32),
                 prefix=jnp.zeros(batch, jnp.int32),
@@ -82,7 +96,9 @@ class KVCache:
         P = prefix.length
         empty = cls.zeros(config, batch, P + size, dtype)
 
-        def begun(empty: Stored, prefix: jax.Array) -> Stored:
+        def begun(empty: Any, prefix: jax.Array) -> Any:
+            if isinstance(empty, Noted):
+                return Noted(begun(empty.stored, prefix), empty.notes)
             new = _as_stored(prefix.swapaxes(1, 2)[:, None], empty)
             return jax.tree.map(lambda x, new: x.at[:, :, :, :P].set(new), empty, new)
 
@@ -104,24 +120,40 @@ def _pinned(x: Any, axes: str) -> Any:
     return jax.tree.map(lambda array: constrain(array, *axes[: array.ndim]), x)
 
 
+def write_notes(
+    keys: Noted, notes: dict[str, jax.Array], layer: Any, rows: jax.Array | None
+) -> Noted:
+    """Write the notes of one layer, [R, K, view] each; `rows` as in `write_layer`."""
+    rows_ = slice(None) if rows is None else rows
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[layer, rows_, :, : new.shape[-1]].set(new, mode="drop")
+
+    return Noted(keys.stored, jax.tree.map(write, keys.notes, notes))
+
+
 def _as_stored(new: jax.Array, cache: Stored) -> Stored:
     """Return floats [..., H] as a cache keeps them."""
     return quantize_vectors(new) if isinstance(cache, QTensor) else new.astype(cache.dtype)
 
 
 def write_layer(
-    cache: Stored,
+    cache: Any,
     new: jax.Array,
     layer: jax.Array,
     slots: jax.Array,
     rows: jax.Array | None = None,
-) -> Stored:
+) -> Any:
     """Write [R, T, K, H] into slots [R, T] of one layer of [L, B, K, S, H], in one scatter.
 
     `rows` are the rows of the cache, int32 [R], None = all. A row or slot past the end is not
-    written; no place occurs twice.
+    written; no place occurs twice. Notes of these slots become zero.
     """
     write = partial(_write, layer=layer, slots=slots, rows=rows)
+    if isinstance(cache, Noted):
+        empty = jnp.zeros(new.shape[:-1], jnp.float32)
+        notes = jax.tree.map(lambda old: write(old, empty), cache.notes)
+        return Noted(write_layer(cache.stored, new, layer, slots, rows), notes)
     return jax.tree.map(write, cache, _as_stored(new, cache))
 
 
@@ -162,8 +194,8 @@ def _scatter(cache, new, layer, slots, apart: bool = False) -> jax.Array:
 
 
 def read_layer(
-    cache: Stored, layer: jax.Array, rows: jax.Array | None = None, view: int | None = None
-) -> Stored:
+    cache: Any, layer: jax.Array, rows: jax.Array | None = None, view: int | None = None
+) -> Any:
     """Return the first `view` slots (None = all) of one layer of [L, B, K, S, H]: [R, K, view, H].
 
     `rows` are the rows of the cache, int32 [R], None = all. One past the end gives any other's.
@@ -191,3 +223,15 @@ def _read(
 def _rows_first(x: jax.Array) -> jax.Array:
     """Return the array with a row-major memory layout."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def take_slots(stored: Stored, slots: jax.Array) -> Stored:
+    """Return some slots of one layer of keys or values, [B, K, S, H] -> [B, K, C, H].
+
+    `slots` is int32 [B, K, C], or [B, 1, C] where all heads take the same.
+    """
+
+    def take(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, slots.reshape(*slots.shape, *[1] * (x.ndim - 3)), axis=2)
+
+    return jax.tree.map(take, stored)

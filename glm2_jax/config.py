@@ -11,6 +11,7 @@ from glm2_jax.choices import FAMILIES, ROPE_KINDS
 from glm2_jax.errors import CheckpointError
 from glm2_jax.family import config_signs, decide_family
 from glm2_jax.forms import Forms
+from glm2_jax.ideas import Idea
 from glm2_jax.parts import parts_of
 from glm2_jax.published import (
     FORMS,
@@ -75,6 +76,7 @@ class GLMConfig:
     # Never generated: in glm-10b-chinese the row of [gMASK] is that of the end.
     banned_token_ids: tuple[int, ...] = ()
     forms: Forms = Forms()  # chosen by measuring on a device; not part of the model
+    idea: Idea = Idea()  # being tried; not part of the model
 
     def __post_init__(self) -> None:
         heads, V, tables = self.num_heads, self.vocab_size, ("float32", "reference")
@@ -207,7 +209,7 @@ class GLMConfig:
         return own | write_fields(form, vars(self))
 
 
-_FIELDS = {field.name for field in dataclasses.fields(GLMConfig)} - {"forms"}
+_FIELDS = {field.name for field in dataclasses.fields(GLMConfig)} - {"forms", "idea"}
 
 
 def _rope_kind(family: str | None, ratio: float) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -21,12 +22,13 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from glm2_jax.attention import attend, finite_values
-from glm2_jax.cache import KVCache, read_layer, write_layer
+from glm2_jax.cache import KVCache
+from glm2_jax.cached import attend_cached
 from glm2_jax.chunked import map_blocks
 from glm2_jax.config import GLMConfig
 from glm2_jax.context import TokenContext, token_context
 from glm2_jax.forms import using
+from glm2_jax.ideas import layers_of, run_blocks
 from glm2_jax.limits import MLP_ELEMENTS
 from glm2_jax.linear import biased, einsum, project
 from glm2_jax.lora import LoRA, adapt, layer_of
@@ -113,21 +115,10 @@ class GLMBlock(nn.Module):
             k = apply_rope(k, context.cos, context.sin)
         if context.query_scale is not None:
             q = (q * context.query_scale).astype(x.dtype)
-        k, v = finite_values(k, v, context.visible.segments > 0)
-        if context.slots is not None:
-            rows, view = context.rows, context.view
-            with jax.named_scope("cache_update"):
-                k_cache = write_layer(k_cache, k, layer, context.slots, rows)
-                v_cache = write_layer(v_cache, v, layer, context.slots, rows)
-            k, v = (read_layer(cache, layer, rows, view) for cache in (k_cache, v_cache))
-        else:
-            if context.prefix is not None:
-                k = _after_prefix(context.prefix.k, k, layer)
-                v = _after_prefix(context.prefix.v, v, layer)
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         drops = self.config.attention_dropout > 0 and not self.deterministic
         dropout = self.attention_dropout if drops else None
-        x = attend(q, k, v, context.visible, dropout)
+        caches, idea = (k_cache, v_cache), self.config.idea
+        x, k_cache, v_cache = attend_cached(idea, q, k, v, caches, layer, context, dropout)
         self.sow("intermediates", "o", x)  # kept only where it is asked for
         added = adapt(lora, "dense", x, self._adapter_key(lora))
         out = project("BTNH,DNH->BTD", x, w["o"], w.get("o_bias"), added("b"))
@@ -376,7 +367,8 @@ def _run(config, params, tokens, where, lora, key=None, noise=None, remat=False)
     context, cache = token_context(config, tokens, positions, segment_ids, cache, *known)
     deterministic = key is None
     model, variables = GLM(config, deterministic, remat), {"params": params}
-    if isinstance(params["layers"], Mapping):
+    layers = layers_of(config.idea, params)
+    if isinstance(layers, Mapping):
         rngs = None if deterministic else {"dropout": key}
         carry = model.apply(variables, tokens, context, cache, lora, noise, rngs=rngs)
     else:
@@ -385,16 +377,13 @@ def _run(config, params, tokens, where, lora, key=None, noise=None, remat=False)
         step = jax.checkpoint(step) if remat else step
         if cache is not None and isinstance(tokens, Tracer):
             step = jax.jit(step, inline=True)  # layers of the same shapes are traced once
-        for layer, weights in enumerate(params["layers"]):
-            rngs = None if deterministic else {"dropout": jax.random.fold_in(key, layer)}
+
+        def run(carry: Any, layer: int) -> Any:
+            rngs = None if key is None else {"dropout": jax.random.fold_in(key, layer)}
             args = carry, layer, context, layer_of(lora, layer)
-            carry, _ = step({"params": weights}, *args, rngs=rngs)
+            return step({"params": layers[layer]}, *args, rngs=rngs)[0]
+
+        head = partial(logits_of, config, params)
+        carry = run_blocks(config.idea, run, cast(Any, carry), len(layers), head)
     x, k, v = cast(Any, carry)
     return x, None if cache is None else dataclasses.replace(cache, k=k, v=v).pinned()
-
-
-def _after_prefix(prefix: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:
-    """Put one layer of a prefix [L, P, K, H] before [B, T, K, H], in the dtype of the latter."""
-    first = jax.lax.dynamic_index_in_dim(prefix, layer, keepdims=False).astype(new.dtype)
-    first = jnp.broadcast_to(first, (new.shape[0], *first.shape))
-    return jnp.concatenate([first, new], axis=1)

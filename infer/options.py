@@ -156,14 +156,16 @@ def add_performance_options(
     speculate: bool = False,
     chunk: bool = True,
     kv: bool = True,
+    layout: bool = True,
 ) -> argparse._ArgumentGroup:
     """Add the flags of where and how to compute, with `cards` that can only be planned for; return
     their group. Without `chunk`, the command has its own flag for the tokens of a prefill;
-    without `kv`, it has no cache, or none of this kind."""
+    without `kv`, it has no cache, or none of this kind; without `layout`, it needs a layout of the
+    layers."""
     group = parser.add_argument_group("performance")
     more = f"; with --dry-run also one of {', '.join(cards)}" if cards else ""
     device = {"choices": (*DEVICES, *cards), "help": f"device: {', '.join(DEVICES)}{more}"}
-    where = "dtype", "quantize", "quantize_embeddings", "layers", "device"
+    where = "dtype", "quantize", "quantize_embeddings", *("layers",) * layout, "device"
     add_flags(group, None, ModelChoice, where, device=device)
     limits = ("prefill_chunk",) * chunk + ("memory_limit", "tuned", "compile_cache")
     add_flags(group, None, EngineOptions, limits)

@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": ("infer.evaluate", "perplexity, generated answers, multiple choice"),
     "explain": ("infer.explain", "every stage of the model with shapes, operations and bytes"),
     "bench": ("infer.bench", "measure prefill and decode speed"),
+    "lab": ("infer.lab", "try acceleration ideas, what they cost and buy"),
     "tune": ("infer.tune", "measure which forms of products and attention are fast here"),
     "doctor": ("infer.doctor", "check this machine and recommend a dtype and quantization"),
     "selftest": ("infer.selftest", "check a model against the published checksums and answers"),

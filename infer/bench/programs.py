@@ -106,10 +106,13 @@ def work(
 
 
 class Workload:
-    """What is timed of one model; `programs` compiles, and counts the seconds of it."""
+    """What is timed of one model; `programs` compiles, and counts the seconds of it. An executor
+    of the model may be given, to share its programs."""
 
-    def __init__(self, config: GLMConfig, params: Any, kv: str = "auto"):
-        self.config, self._executor = config, Executor(config, params, kv=kv)
+    def __init__(
+        self, config: GLMConfig, params: Any, kv: str = "auto", executor: Executor | None = None
+    ):
+        self.config, self._executor = config, executor or Executor(config, params, kv=kv)
         self.programs = self._executor.programs
 
     def prefill(self, shape: Shape) -> Run:
@@ -149,8 +152,7 @@ class Workload:
 
         The seconds are those of one step. Keys and values of the context are zeros.
         """
-        batch = self._filled(shape.batch)
-        size = bucket(shape.context + max(shape.steps, ROOM), self.config.seq_length)
+        batch, size = self._filled(shape.batch), self._slots(shape)
         controls, keep = self._controls(batch), np.ones(batch, bool)
         rest = (
             np.zeros(batch, np.int32),
@@ -167,7 +169,10 @@ class Workload:
             pending = None
             start = time.perf_counter()
             for _ in range(shape.steps):
-                state, output = self._executor.decode(controls, keep, state)
+                drafts = None
+                if self.config.idea.drafts:
+                    state, drafts = self._executor.draft(keep, state)
+                state, output = self._executor.decode(controls, keep, state, drafts=drafts)
                 output.tokens.copy_to_host_async()
                 if pending is not None:
                     np.asarray(pending)
@@ -177,6 +182,18 @@ class Workload:
 
         run()  # compiles
         return run
+
+    def moved(self, shape: Shape) -> float | None:
+        """Return the bytes that the programs of a step move, those that draw left out, as the
+        compiler counts them; None where it does not. After `decode`."""
+        at, drafts = (self._filled(shape.batch), self._slots(shape)), self.config.idea.drafts
+        keys = {"draft": at, "verify": (*at, drafts)} if drafts else {"decode": at}
+        found = [self.programs.bytes_accessed(name, key) for name, key in keys.items()]
+        return None if None in found else sum(one for one in found if one is not None)
+
+    def _slots(self, shape: Shape) -> int:
+        """Return the slots of the cache that steps are taken with."""
+        return bucket(shape.context + max(shape.steps, ROOM), self.config.seq_length)
 
     def _filled(self, batch: int) -> int:
         """Return the rows that are computed: as many on every device that shares them."""

@@ -166,13 +166,22 @@ class Executor:
         inserted = self._call("insert", key, steps.insert, rows, *apart, donate=2)
         return inserted._replace(cache=state.cache)
 
+    def draft(self, keep: np.ndarray, state: State) -> tuple[State, jax.Array]:
+        """Return the state, which is used up, and int32 [B, N]: tokens that the idea drafts."""
+        cache, rest = state.cache, state._replace(cache=None)
+        assert cache is not None
+        function, key = partial(steps.draft, self.config), (keep.size, cache.size)
+        args = self.params, keep, rest, cache
+        drafts, cache = self._call("draft", key, function, *args, donate=3)
+        return state._replace(cache=cache), drafts
+
     def decode(
         self,
         controls: Controls,
         keep: np.ndarray,
         state: State,
         *,
-        drafts: np.ndarray | None = None,
+        drafts: Array | None = None,
         view: int | None = None,
         adapters: np.ndarray | None = None,
         allowed: Array | None = None,

@@ -61,6 +61,13 @@ class Programs:
         """How many programs there are; constant once everything is warm."""
         return len(self._programs)
 
+    def bytes_accessed(self, name: str, key: Hashable) -> float | None:
+        """Return the bytes that a compiled program moves, as the compiler counts them; None where
+        it does not."""
+        program = self._programs.get((name, key))  # none where jit is disabled
+        costs = None if program is None else program.cost_analysis()
+        return (costs or {}).get("bytes accessed")
+
     def call(
         self,
         name: str,

@@ -21,6 +21,7 @@ from infer.engine.call import Batch, columns_of
 from infer.engine.drafts import Drafts
 from infer.engine.executor import Executor
 from infer.engine.rows import Row, TokenEvent
+from infer.engine.sampling import Array
 from infer.engine.steps import Controls, Output, State, Stepped
 from infer.memory.shortage import when_answering
 
@@ -28,10 +29,12 @@ Stage = tuple[State, list[TokenEvent]]
 
 
 class Scheduler:
-    """Answers the rows of one batch; each step drafts and verifies `draft` tokens, 0 = off."""
+    """Answers the rows of one batch; each step drafts and verifies `draft` tokens, 0 = off, or as
+    many as the configuration's idea drafts."""
 
     def __init__(self, executor: Executor, batch: Batch, *, draft: int = 0):
-        self.batch, self._draft = batch, draft
+        self._by_idea = executor.config.idea.drafts > 0
+        self.batch, self._draft = batch, executor.config.idea.drafts or draft
         # A session reads all prompts into a cache that was made before: those after the first then
         # need no other programs.
         self._separate_cache = batch.reused is not None
@@ -83,7 +86,10 @@ class Scheduler:
             rows = batch.going
             if not rows:
                 return
-            found = drafts.next(batch.keep)
+            if self._by_idea:
+                state, found = self._executor.draft(batch.keep, state)
+            else:
+                found = drafts.next(batch.keep)
             state, output = self._step(self._executor, state, batch.drawn, drafts=found)
             events = self._take(output)
             for row in rows:
@@ -99,10 +105,12 @@ class Scheduler:
 
         def begin(executor: Executor) -> None:
             state, _ = self._prefill(executor, cache)
-            if decodes:
+            if decodes and not self._by_idea:
                 self._step(executor, state, 1)
             if decodes and self._draft:
                 drafts = np.zeros((batch.size, self._draft), np.int32)
+                if self._by_idea:
+                    state, _ = executor.draft(batch.keep, state)
                 self._step(executor, state, 1, drafts=drafts)
 
         widths = tuple(part.tokens.shape for part in batch.parts)
@@ -135,7 +143,7 @@ class Scheduler:
         state: State,
         drawn: int,
         *,
-        drafts: np.ndarray | None = None,
+        drafts: Array | None = None,
     ) -> Stepped:
         """Take one step after `drawn` tokens of each row; the state is used up."""
         batch, width = self.batch, 1 if drafts is None else drafts.shape[1] + 1

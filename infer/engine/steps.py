@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax import GLMConfig, KVCache, forward, last_logits
+from glm2_jax.ideas import Idea, check
 from glm2_jax.lora import choose_adapters, is_joined, with_lora
 from infer.engine.sampling import (
     Array,
@@ -202,6 +203,26 @@ def verify(
     logits, written = forward(config, params, tokens, segment_ids=segment_ids, cache=cache)
     written = cast(KVCache, written)
     return logits, dataclasses.replace(written, length=cache.length)
+
+
+def draft(
+    config: GLMConfig, params: Any, keep: Array, state: State, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Draft tokens after the last of each row, as the idea of the configuration does.
+
+    Returns int32 [B, N], and a cache whose lengths are those from before: what the drafts wrote is
+    overwritten when they are verified. `keep` is as in `decode`.
+    """
+    idea, active = config.idea, (state.active & keep).astype(jnp.int32)
+    assert idea.draft is not None
+
+    def step(token: jax.Array, cache: KVCache, idea: Idea) -> Read:
+        part = Part(token[:, None], active, jnp.zeros_like(active))
+        return _read(dataclasses.replace(config, idea=idea), params, part, cache)
+
+    like = jax.ShapeDtypeStruct((len(active), idea.drafts), jnp.int32), cache
+    found, written = check(idea.draft, idea.draft(step, state.token, cache), like)
+    return found, dataclasses.replace(written, length=cache.length)
 
 
 def pick(

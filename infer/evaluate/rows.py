@@ -51,9 +51,9 @@ class BadRows:
             )
 
 
-def data_file(named: str | None) -> str:
-    """Return the file to read, by default the bundled one."""
+def data_file(named: str | None, flag: str = "--data") -> str:
+    """Return the file to read, by default the bundled one; `flag` names it."""
     if named is not None:
         return named
-    note("no --data given: using 45 bundled questions, made for the demo model")
+    note(f"no {flag} given: using 45 bundled questions, made for the demo model")
     return str(_SAMPLE)

@@ -19,10 +19,11 @@ ROOMS = {
     "infer": (
         "memory", "tuning", "engine", "batching", "requests", "infer.",
         "doctor", "bench", "chat", "evaluate", "explain", "fill", "generate", "selftest", "serve",
+        "lab",  # stands on evaluate and bench
     ),
     "train": ("run_folder", "data", "train.", "demo"),
 }  # fmt: skip
-WINGS = set(ROOMS["infer"][6:])  # the rooms of the commands, of which none knows another
+WINGS = set(ROOMS["infer"][6:-1])  # the rooms of the commands, of which none knows another
 
 
 def room_of(module: str) -> str:

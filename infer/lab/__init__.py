@@ -1,0 +1,1 @@
+"""`python -m infer.lab`: what acceleration ideas cost in quality and buy in speed."""
