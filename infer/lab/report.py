@@ -127,9 +127,11 @@ def draw(report: Report, path: str) -> None:
         for number, result in enumerate(report.results):
             place = value(result), result.kl_divergence
             axes.plot(*place, "o" if number else "k*", markersize=7 if number else 11)
-            axes.annotate(result.name, place, xytext=(6, 5), textcoords="offset points", fontsize=8)
+            # Below the point for the model itself, where ideas that change nothing are, too.
+            shift = (6, 5) if number else (6, -12)
+            axes.annotate(result.name, place, xytext=shift, textcoords="offset points", fontsize=8)
         axes.set_yscale("symlog", linthresh=1e-6)  # 0 is where the model itself is
-        axes.margins(x=0.25, y=0.1)
+        axes.margins(x=0.35, y=0.1)
         axes.set_xlabel(label)
         axes.grid(True, which="major", alpha=0.3)
     figure.axes[0].set_ylabel("KL(full model || this), nats a token")

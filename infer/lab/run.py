@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from glm2_jax.cli.arguments import check_plot
 from glm2_jax.cli.files import require_file_place
 from glm2_jax.cli.messages import note
+from glm2_jax.datasets.rows import parse_row, read_rows
 from glm2_jax.errors import InputError, UsageError, shorten
 from glm2_jax.ideas import Idea, Reads, place_of
 from glm2_jax.runtime.machine import describe_device
@@ -20,7 +21,7 @@ from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from infer.engine.reader import Item
 from infer.evaluate.perplexity import Material, measure, prepare
-from infer.evaluate.rows import BUNDLED, BadRows, data_file, parse_row, read_rows
+from infer.evaluate.rows import BUNDLED, BadRows, data_file
 from infer.lab.cost import kept_bytes, step_bytes, usual_reads
 from infer.lab.files import IdeaFile, blamed, read_ideas
 from infer.lab.report import Report, Result, draw, show
