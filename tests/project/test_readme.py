@@ -101,6 +101,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     (folder / "questions.jsonl").write_text(blocks("README.md", "json")[0], encoding="utf-8")
     write_official(folder / "FOLDER")
+    (folder / "examples").symlink_to(ROOT / "examples")
     return folder
 
 
