@@ -77,7 +77,8 @@ def attend(
             return ATTENTION[form](q, k, v, visible)
     q = q.reshape(B, T, K, N // K, H)
     local = B * N // (pieces("B", B) * pieces("N", N))  # rows times heads on one device
-    if dropout is None and local * T * S > SCORES:
+    # The scores of one query are few compared with the cache, whose blocks would be copied.
+    if dropout is None and T > 1 and local * T * S > SCORES:
         keys = min(KEYS, S)
         queries = max(1, SCORES // (local * keys))
 

@@ -139,7 +139,9 @@ def open_choice(
             quantize=choice.quantize,
             quantize_embeddings=choice.quantize_embeddings,
             layers=choice.layers
-            or faster_layers(device.platform, on_mesh=mesh is not None, rows=rows),
+            or faster_layers(
+                device.platform, on_mesh=mesh is not None, rows=rows, slots=options.max_length or 0
+            ),
             mesh=mesh,
             **choice.form,
             device=device if mesh is None else None,
