@@ -148,7 +148,7 @@ def _compiled(config: GLMConfig, params: Any, cache: KVCache, rows: int, device:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (params, tokens, cache)
     )
     # Without a GPU nothing can be timed while compiling.
-    options = {"xla_gpu_autotune_level": 0} if device.platform != "tpu" else {}
+    options: Any = {"xla_gpu_autotune_level": 0} if device.platform != "tpu" else {}
     lowered = jax.jit(step, donate_argnums=2).lower(*args)
     return lowered.compile(compiler_options=options)
 

@@ -8,7 +8,7 @@ see; or a bidirectional context.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def triton(
     B, T, N, H = q.shape
     q, k, v, segments = _padded(q, k, v, visible)
     k, v = (jnp.repeat(x.swapaxes(1, 2), N // x.shape[1], axis=2) for x in (k, v))
-    out = mha(q, k, v, segments, sm_scale=H**-0.5, causal=True, interpret=interpret)
+    out: Any = mha(q, k, v, segments, sm_scale=H**-0.5, causal=True, interpret=interpret)
     return out[:, :T]
 
 

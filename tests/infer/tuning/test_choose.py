@@ -181,11 +181,11 @@ def test_forms_that_are_not_faster_together_are_left_out(monkeypatch):
 
 def test_a_prompt_is_read_in_the_fastest_parts(monkeypatch, tmp_path):
     """Where it is measured: not on a CPU, where it takes too long."""
-    monkeypatch.setattr(measure, "_CHUNKS", (16, 8, 4))
+    monkeypatch.setattr(measure, "_CHUNKS", (16, 8))
     args = TOY, Precision("float32"), Forms(), "stacked", CPU
     choice = measure._chunk(*args, prefers("8"))
     assert (choice.name, choice.usual, choice.refused) == ("8", "16", {})
-    assert set(choice.seconds) == {"16", "8", "4"}
+    assert set(choice.seconds) == {"16", "8"}
     tuned = Tuned(Forms(chunk=8), (1,))
     key = store.key_of(TOY, Precision("float32"), CPU)
     path = store.keep(key, tuned, tmp_path / "forms.json")
