@@ -16,6 +16,8 @@ import pytest
 
 from glm2_jax import PRESETS, KVCache, last_logits
 from glm2_jax.attention import ATTENTION, Visibility
+from glm2_jax.products import in_usual_form
+from glm2_jax.quant import QTensor
 from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import steps
 from infer.memory.precision import Precision
@@ -194,3 +196,12 @@ def test_fused_attention_writes_no_scores(platform, name, whole):
     assert memory.temp_size_in_bytes < 32 * T * S * 4 / 4
     masks = name == "cudnn"  # [T, S] for all heads together
     assert largest_results(program.as_text())[-1] <= max(T * S * masks, 32 * T * 128)
+
+
+def test_a_product_of_several_rows_makes_no_float_copy_of_int8_weights():
+    R, C = 4096, 4096
+    scale = jax.ShapeDtypeStruct((R,), jnp.float32)
+    w = QTensor(jax.ShapeDtypeStruct((R, C), jnp.int8), scale, 8)
+    x = jax.ShapeDtypeStruct((8, C), jnp.bfloat16)
+    program = compiled("cuda", partial(in_usual_form, "gpu"), x, w, donate=())
+    assert largest_results(program.as_text())[-1] < R * C / 4
