@@ -10,6 +10,7 @@ multiply two transposed matrices, which XLA:CPU of jax 0.10 refuses in bfloat16.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from glm2_jax import forms
+from glm2_jax import flash, forms
 from glm2_jax.chunked import map_blocks
 from glm2_jax.forms import Attention
 from glm2_jax.limits import KEYS, SCORES
@@ -27,6 +28,7 @@ from glm2_jax.mesh import active_mesh, pieces
 from glm2_jax.quant import QTensor
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: a query that sees nothing gives no NaN
+_PARTS = 16  # of the keys, which are computed at the same time
 
 
 @flax.struct.dataclass
@@ -38,6 +40,8 @@ class Visibility:
     key_segments: jax.Array  # int32 [B, S], segment of each key; 0 = no query sees it
     # Number of leading keys that the queries of all segments see.
     prefix: int = flax.struct.field(pytree_node=False, default=0)
+    # Whether the keys are those of the queries and nothing else, the places 0, 1, 2, ....
+    whole: bool = flax.struct.field(pytree_node=False, default=False)
 
     def mask(self, start: jax.Array | int, size: int) -> jax.Array:
         """Return bool [B, T, size] for the `size` keys from `start` on."""
@@ -66,13 +70,15 @@ def attend(
     """
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
-    form = forms.chosen().of_attention(Attention(T, S))
+    form = forms.chosen().of_attention(Attention(T, S, visible.whole))
     floats = not isinstance(k, QTensor)  # the other forms know nothing else
     if form is not None and floats and dropout is None and not active_mesh():
-        return ATTENTION[form](q, k, v, visible)
+        if B * T * S * _WRITES.get(form, N) <= SCORES:
+            return ATTENTION[form](q, k, v, visible)
     q = q.reshape(B, T, K, N // K, H)
     local = B * N // (pieces("B", B) * pieces("N", N))  # rows times heads on one device
-    if dropout is None and local * T * S > SCORES:
+    # The scores of one query are few compared with the cache, whose blocks would be copied.
+    if dropout is None and T > 1 and local * T * S > SCORES:
         keys = min(KEYS, S)
         queries = max(1, SCORES // (local * keys))
 
@@ -201,14 +207,49 @@ def _fused(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)  # type: ignore[arg-type]
 
 
-# Besides the usual form. Each computes what `attend` does, from the same arguments.
+def _in_parts(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility) -> jax.Array:
+    """Do as `attend` for parts of the keys apart, whose results are then weighted: two products of
+    one query and all keys have too little to do for a GPU at once."""
+    B, T, N, H = q.shape
+    K, S = k.shape[1:3]
+    P = math.gcd(S, _PARTS)
+    q = jnp.einsum("BTKGH->BKGTH", q.reshape(B, T, K, N // K, H))
+    k, v = (x.reshape(B, K, P, S // P, H) for x in (k, v))
+    mask = visible.mask(0, S).reshape(B, 1, T, P, S // P).swapaxes(2, 3)[:, :, :, None]
+    scores = einsum("BKGTH,BKPSH->BKPGTS", q, k) / jnp.sqrt(jnp.float32(H))
+    scores = jnp.where(mask, scores, _LOWEST)
+    largest = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    share = jnp.exp(largest - largest.max(axis=2, keepdims=True))
+    total = (weights.sum(axis=-1, keepdims=True) * share).sum(axis=2)
+    out = einsum("BKPGTS,BKPSH->BKPGTH", weights.astype(v.dtype), v)
+    out = (out * share).sum(axis=2) / total
+    return jnp.einsum("BKGTH->BTKGH", out).reshape(B, T, N, H).astype(q.dtype)
+
+
+# Besides the usual form. Each computes what `attend` does, from the same arguments; which is for
+# which case: `candidates`.
 ATTENTION: dict[str, Callable[..., jax.Array]] = {
     "xla": partial(_fused, "xla"),
     "cudnn": partial(_fused, "cudnn"),
+    "parts": _in_parts,
+    "triton": flash.triton,
+    "splash": flash.splash,
 }
 
+# Of how many heads a form writes a score, or a mask, of each query and key; all, if not listed.
+_WRITES = {"cudnn": 1, "triton": 0, "splash": 0}
 
-def candidates(platform: str, dtype: jnp.dtype) -> list[str]:
-    """Return the forms worth measuring for queries of a dtype on a platform."""
-    cudnn = platform == "gpu" and dtype.itemsize == 2
-    return ["xla", "cudnn"] if cudnn else ["xla"]
+
+def candidates(platform: str, dtype: jnp.dtype, seen: Attention) -> list[str]:
+    """Return the forms worth measuring for queries of a dtype on a platform, "cpu", "gpu" or
+    "tpu"."""
+    half = dtype.itemsize == 2  # kernels multiply float32 in a narrower type
+    suits = {
+        "xla": True,
+        "cudnn": half and platform == "gpu",
+        "parts": seen.queries == 1,
+        "triton": half and platform == "gpu" and seen.whole,
+        "splash": half and platform == "tpu" and seen.whole,
+    }
+    return [name for name in ATTENTION if suits[name]]

@@ -98,7 +98,9 @@ def _without_cache(
         places = _places(index, blanks.context, segments > 0)
     everyones = jnp.ones((B, P), jnp.int32)
     key_segments = jnp.concatenate([everyones, segments], axis=1) if P else segments
-    return _Where(index, positions, Visibility(places, segments, key_segments, prefix=P), None)
+    whole = P == 0 and not config.block.bidirectional
+    visible = Visibility(places, segments, key_segments, prefix=P, whole=whole)
+    return _Where(index, positions, visible, None)
 
 
 def _in_cache(

@@ -30,18 +30,25 @@ class Attention(NamedTuple):
 
     queries: int  # T
     keys: int  # S
+    whole: bool = False  # a complete text without a cache, see `attention.Visibility`
+
+    def describe(self) -> str:
+        """Return it in words."""
+        what = "in complete texts" if self.whole else f"of {self.queries}"
+        return f"attention {what} to {self.keys}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Forms:
     """The forms that were chosen; what is not listed is computed in the usual form.
 
-    A product for which the usual form was measured as the best is listed, too, with None: the
-    choice for another number of rows says nothing about it.
+    What was measured to be best in its usual form is listed, too, with None, where a choice for
+    another case would count for it: products, and attention of complete texts.
     """
 
     products: tuple[tuple[Product, Name | None], ...] = ()
-    attention: tuple[tuple[Attention, Name], ...] = ()
+    attention: tuple[tuple[Attention, Name | None], ...] = ()
+    chunk: int | None = None  # tokens of prompts that are read at once
 
     def describe(self) -> str:
         """Return one line for people; "" = everything is in its usual form."""
@@ -50,8 +57,9 @@ class Forms:
             for product, name in self.products
             if name is not None
         ]
-        seen = [f"attention of {seen.queries} to {seen.keys}: {n}" for seen, n in self.attention]
-        return "; ".join(products + seen)
+        seen = [f"{seen.describe()}: {name}" for seen, name in self.attention if name is not None]
+        chunk = [] if self.chunk is None else [f"prompts are read by {self.chunk} tokens"]
+        return "; ".join(products + seen + chunk)
 
     def of_product(self, product: Product) -> Name | None:
         """Return the form for the measured number of rows that is nearest, as a ratio."""
@@ -63,9 +71,15 @@ class Forms:
         return near.get(_nearest(product.rows, near))
 
     def of_attention(self, attention: Attention) -> Name | None:
-        """Return the form for the nearest number of keys; one query is another case than many."""
+        """Return the form for the nearest number of keys; one query is another case than many.
+
+        For complete texts it is that of other queries where none was measured for them.
+        """
         one = attention.queries == 1
-        near = {known.keys: name for known, name in self.attention if (known.queries == 1) == one}
+        same = [(known, name) for known, name in self.attention if (known.queries == 1) == one]
+        whole = [(known, name) for known, name in same if known.whole and attention.whole]
+        others = [(known, name) for known, name in same if not known.whole]
+        near = {known.keys: name for known, name in whole or others}
         return near.get(_nearest(attention.keys, near))
 
 

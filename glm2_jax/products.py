@@ -57,7 +57,12 @@ def plain(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _by_dot(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
-    """Multiply [M, C] by [R, C], dequantized first: float32 [M, R]."""
+    """Multiply [M, C] by [R, C], float32 [M, R]; what is quantized is dequantized first, but for
+    integers with a scale for each row: XLA:GPU fuses converting them into the product, but not
+    scaling them, and would write a complete copy of the weight."""
+    if isinstance(w, QTensor) and w.bits == 8 and w.scale.ndim == 1:
+        scale = w.scale.astype(jnp.float32)
+        return add(plain(_MATRICES, x, w.values.astype(x.dtype)), added, scale) * scale
     w = dequantize(w, 1).astype(x.dtype) if isinstance(w, QTensor) else w
     return add(plain(_MATRICES, x, w), added)
 

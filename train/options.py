@@ -13,6 +13,7 @@ from glm2_jax.cli.parser import flag
 
 SCHEDULES = ("cosine", "linear", "constant")
 NAN_POLICIES = ("abort", "skip")
+ATTENTION = ("usual", "xla", "cudnn", "triton", "splash")
 RATE = (
     "highest learning rate (default: {:g} at a hidden size of 4096, and in inverse proportion to "
     "it)"
@@ -94,6 +95,11 @@ class TrainingOptions:
         "gradient checkpointing: recompute activations in the backward pass to save memory "
         "(default: only where they do not fit the memory; on a mesh: for an adapter)",
         action=argparse.BooleanOptionalAction,
+    )
+    attention: str | None = flag(
+        "form of attention (default: the one that infer.tune measured as the fastest on this "
+        "device; without that, the usual one)",
+        choices=ATTENTION,
     )
 
 

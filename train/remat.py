@@ -39,16 +39,22 @@ def choose_remat(recipe: Recipe, folder: Folder, batches: Batches, devices: Devi
 
 def plan_of(recipe: Recipe, folder: Folder, batches: Batches, devices: Devices) -> TrainingPlan:
     """Return the plan of a run on one device that keeps all activations."""
-    choice, config = recipe.choice, folder.config
+    accumulate, rows = batches.shape
+    return TrainingPlan(
+        folder.config, precision_of(recipe, folder, devices), rows, batches.width, False,
+        adapter_of(recipe), accumulate, devices.first.platform,
+    )  # fmt: skip
+
+
+def precision_of(recipe: Recipe, folder: Folder, devices: Devices) -> Precision:
+    """Return what a run computes in, and how the base of an adapter is quantized."""
+    choice = recipe.choice
     stored = None if folder.scheme is None else folder.scheme.name
     scheme = choice.quantize or stored
     scheme = None if scheme == "none" or recipe.adapter is None else scheme
-    dtype = resolve_dtype(choice.dtype, num_params=config.num_params, device=devices.first)
-    accumulate, rows = batches.shape
-    return TrainingPlan(
-        config, Precision(dtype_name(dtype), scheme), rows, batches.width, False,
-        adapter_of(recipe), accumulate, devices.first.platform,
-    )  # fmt: skip
+    params = folder.config.num_params
+    dtype = resolve_dtype(choice.dtype, num_params=params, device=devices.first)
+    return Precision(dtype_name(dtype), scheme)
 
 
 def _needed(plan: TrainingPlan, devices: Devices) -> bool:

@@ -23,6 +23,7 @@ from glm2_jax.runtime.compile_cache import enable_compile_cache
 from glm2_jax.runtime.devices import device_errors, find_device, find_mesh
 from infer.engine.load import demo_folder
 from infer.startup import find_choice, note_demo_model
+from train.attention import choose_attention, with_attention
 from train.data.batch import Batch
 from train.data.batches import Batches
 from train.data.check import print_checks
@@ -67,6 +68,7 @@ def run(recipe: Recipe, make_method: MakeMethod) -> int:
     learned, sets = _split(recipe, folder, dataset)
     recipe, batches, total = _plan(recipe, learned, devices, folder.config.hidden_size)
     recipe = choose_remat(recipe, folder, batches, devices)
+    recipe = choose_attention(recipe, folder, devices)
     identity = _identity(recipe, folder, dataset, sets)
     join.compare(
         {
@@ -253,7 +255,7 @@ def _compiling_step(
 ) -> Callable[[Any, Any, int], Any]:
     """Return the step, which reports when it compiles for a new shape of a batch."""
     step = make_step(
-        method.checkpoint.config,
+        with_attention(method.checkpoint.config, recipe.training.attention),
         dtype=method.dtype,
         remat=bool(recipe.training.grad_checkpoint),
         effective=method.effective,

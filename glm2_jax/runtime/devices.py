@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from glm2_jax.choices import DEVICES
 from glm2_jax.errors import CheckpointError, DeviceError, UsageError
-from glm2_jax.limits import FEW_ROWS
+from glm2_jax.limits import FEW_ROWS, LONG_CACHE
 from glm2_jax.mesh import AXES, make_mesh, parse_mesh
 
 Shortage = tuple[str, str]  # needed and free; what fits instead
@@ -77,16 +77,17 @@ def find_mesh(mesh: Any, device: Any = None) -> Mesh | None:
     return make_mesh(parse_mesh(mesh), jax.devices(find_device(device).platform))
 
 
-def faster_layers(platform: str, *, on_mesh: bool = False, rows: int = 1) -> str:
-    """Return the layout of the layers that decodes `rows` rows faster: "stacked" or "list".
+def faster_layers(platform: str, *, on_mesh: bool = False, rows: int = 1, slots: int = 0) -> str:
+    """Return the layout of the layers that decodes `rows` rows faster: "stacked" or "list"; `slots`
+    is how many tokens of each are in the cache, 0 = few.
 
     On a CPU a scan over stacked layers copies each layer out first, and takes three times as long.
     XLA:GPU at few rows and XLA:TPU fuse that (checked in compiled programs, not measured), and
     compile a stacked model in a tenth of the time. For more rows, and on a mesh, products are plain
-    dots, for which XLA:GPU copies each layer, too.
+    dots, for which XLA:GPU copies each layer, too; and it always copies stacked keys and values.
     """
-    dots = on_mesh or rows > FEW_ROWS
-    return "list" if platform == "cpu" or (platform == "gpu" and dots) else "stacked"
+    copies = on_mesh or rows > FEW_ROWS or rows * slots > LONG_CACHE
+    return "list" if platform == "cpu" or (platform == "gpu" and copies) else "stacked"
 
 
 @contextlib.contextmanager

@@ -80,7 +80,8 @@ class Engine:
         self.written: Template = find_template(self.template)
         longest = DEFAULT_MAX_LENGTH if max_length is None else whole("max_length", max_length, 2)
         self.max_length = min(longest, self.config.context_limit)
-        chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
+        usual = self.config.forms.chunk or PREFILL_CHUNK
+        chunk = usual if prefill_chunk is None else prefill_chunk
         self.prefill_chunk = whole("prefill_chunk", chunk, 1)
         self.speculate = whole("speculate", speculate, 0, DRAFT)
         self.load_s = load_s

@@ -117,6 +117,7 @@ def open_choice(
     base, forms = open_folder(folder, **choice.form), Forms()
     if mesh is None:
         choice, forms = find_forms(base, choice, options, device, rows, note)
+    sizes: Any = {"on_mesh": mesh is not None, "rows": rows, "slots": options.max_length or 0}
     start = time.perf_counter()
     adapter, prefix = _find_additions(choice, base)
     explain = partial(
@@ -138,8 +139,7 @@ def open_choice(
             dtype=choice.dtype,
             quantize=choice.quantize,
             quantize_embeddings=choice.quantize_embeddings,
-            layers=choice.layers
-            or faster_layers(device.platform, on_mesh=mesh is not None, rows=rows),
+            layers=choice.layers or faster_layers(device.platform, **sizes),
             mesh=mesh,
             **choice.form,
             device=device if mesh is None else None,

@@ -170,7 +170,7 @@ def program_bytes(
         layer, copies = rows * slots * 2 * config.num_kv_heads * H * size, copies + (width > 1)
 
     scores, sums, early = rows * N * width * slots, 0, 0
-    if scores > SCORES:  # attention block by block
+    if scores > SCORES and width > 1:  # attention block by block
         queries = min(width, max(1, SCORES // (rows * N * KEYS)))
         added = N * (H + 2) * _FLOAT32  # what it adds up for a query over blocks of keys
         scores, sums = rows * N * queries * min(KEYS, slots), rows * queries * added

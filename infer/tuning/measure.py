@@ -21,6 +21,7 @@ from glm2_jax import GLMConfig, KVCache, compiler_options, last_logits
 from glm2_jax import attention as attention_forms
 from glm2_jax.attention import ATTENTION, Visibility, attend
 from glm2_jax.forms import Attention, Forms, Product
+from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.model import unstack_layers
 from glm2_jax.products import PRODUCTS, candidates, describe, usual_form
 from glm2_jax.quant import QTensor
@@ -38,6 +39,9 @@ _TOLERANCE = {4: 1e-4, 2: 2e-2}  # share of the largest value, by the bytes of a
 _LAYERS = 2  # of the model whose steps are timed
 _STEP_GAIN = 0.97  # the head, one for all layers of a model, is most of such a step
 _SLOTS = 512  # of its cache
+# Tokens of a prompt that are read at once, the usual number first: more would need more memory than
+# was planned.
+_CHUNKS = (PREFILL_CHUNK, PREFILL_CHUNK // 2, PREFILL_CHUNK // 4)
 USUAL = "usual"
 
 
@@ -87,10 +91,12 @@ def tune(
                 products.append((product, None if choice.name == choice.usual else choice.name))
         attention = []
         for seen, choice in _attention(config, precision, device, clock):
-            found.append(Measured(f"attention of {seen.queries} to {seen.keys}", choice))
+            found.append(Measured(seen.describe(), choice))
             note(_line(found[-1]))
             if choice.name != USUAL:
                 attention.append((seen, choice.name))
+            elif seen.whole and attention:  # what is best for others does not count
+                attention.append((seen, None))
         forms = Forms(tuple(products), tuple(attention))
         best_layers, seconds = None, 0.0
         for count in sorted(rows, reverse=True):
@@ -102,6 +108,12 @@ def tune(
             if step.name.startswith(USUAL):  # what is faster alone was not faster together
                 forms = _without(forms, count)
         note(f"layers: {best_layers}, as for steps of {max(rows)}")
+        if device.platform != "cpu" and config.seq_length >= _CHUNKS[0]:  # there it takes minutes
+            choice = _chunk(config, precision, forms, best_layers or layers, device, clock)
+            found.append(Measured(f"a prompt of {_CHUNKS[0]}, tokens at once", choice))
+            note(_line(found[-1]))
+            chunk = None if choice.name == choice.usual else int(choice.name)
+            forms = dataclasses.replace(forms, chunk=chunk)
     return Tuned(forms, tuple(sorted(rows)), best_layers, seconds, tuple(found))
 
 
@@ -190,30 +202,41 @@ def _product(
 def _attention(
     config: GLMConfig, precision: Precision, device: Any, clock: Clock
 ) -> Iterator[tuple[Attention, Choice]]:
-    """Measure the forms of attention: of a prompt's part, and of one token."""
+    """Measure the forms of attention: of a prompt's part, of one token, and of a complete text with
+    its gradients, as in training."""
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     dtype = jnp.dtype(precision.dtype)
-    stored = cache_dtype(device.platform, dtype)
-    for T, S in ((512, 1024), (1, 1024)):
+    for seen in (Attention(512, 1024), Attention(1, 1024), Attention(512, 512, whole=True)):
+        T, S = seen.queries, seen.keys
+        stored = dtype if seen.whole else cache_dtype(device.platform, dtype)
         keys = jax.random.split(jax.random.key(1), 3)
         q = jax.random.normal(keys[0], (1, T, N, H), jnp.float32).astype(dtype)
         k, v = (
             jax.random.normal(key, (1, K, S, H), jnp.float32).astype(stored) for key in keys[1:]
         )
         places = jnp.arange(S - T, S, dtype=jnp.int32)[None]
-        visible = Visibility(places, jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32))
-        forms = {USUAL: attend}
-        forms |= {
-            name: ATTENTION[name] for name in attention_forms.candidates(device.platform, dtype)
-        }
+        queries, stored_keys = jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32)
+        visible = Visibility(places, queries, stored_keys, whole=seen.whole)
+        names = attention_forms.candidates(device.platform, dtype, seen)
+        forms = {USUAL: attend} | {name: ATTENTION[name] for name in names}
+        if seen.whole:
+            forms = {name: partial(_with_gradients, form) for name, form in forms.items()}
 
         def build(form: Callable, args: Any = (q, k, v, visible)) -> Callable[[], Any]:
             program = _compiled(form, device, *args)
             return lambda: program(*args)
 
-        exact = np.asarray(attend(q, k, v, visible), np.float32)
+        exact = np.asarray(jax.jit(forms[USUAL])(q, k, v, visible), np.float32)
         builds = {name: partial(build, form) for name, form in forms.items()}
-        yield Attention(T, S), choose(builds, USUAL, exact, _TOLERANCE[dtype.itemsize], clock)
+        yield seen, choose(builds, USUAL, exact, _TOLERANCE[dtype.itemsize], clock)
+
+
+def _with_gradients(
+    form: Callable, q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility
+) -> jax.Array:
+    """Return the result of a form of attention and its gradients by q, k and v, all flat."""
+    out, gradients = jax.vjp(lambda *arrays: form(*arrays, visible), q, k, v)
+    return jnp.concatenate([x.ravel() for x in (out, *gradients(out))])
 
 
 def _compiled(function: Callable, device: Any, *args: Any, **named: Any) -> Callable:
@@ -256,3 +279,34 @@ def _step(
     usual = next(iter(builds))
     exact = np.asarray(builds[usual]()()[0])
     return choose(builds, usual, exact, 3 * _TOLERANCE[dtype.itemsize], clock, _STEP_GAIN)
+
+
+def _chunk(
+    config: GLMConfig, precision: Precision, forms: Forms, layers: str, device: Any, clock: Clock
+) -> Choice:
+    """Measure reading a prompt in parts of so many tokens, by a model of few layers."""
+    few = dataclasses.replace(config, num_layers=_LAYERS, forms=forms)
+    dtype, length = jnp.dtype(precision.dtype), _CHUNKS[0]
+    tokens = jnp.arange(length, dtype=jnp.int32)[None] % config.vocab_size
+    empty = KVCache.new(few, 1, length, cache_dtype(device.platform, dtype), None)
+    params = random_params(
+        few, dtype, scheme=precision.scheme, as_list=layers == "list", device=device
+    )
+
+    def build(width: int) -> Callable[[], Any]:
+        parts = [tokens[:, start : start + width] for start in range(0, length, width)]
+        last = jnp.full(1, width - 1, jnp.int32)
+        read = _compiled(partial(last_logits, few), device, params, parts[0], last, cache=empty)
+
+        def run() -> Any:
+            cache, logits = empty, None
+            for part in parts:
+                logits, cache = read(params, part, last, cache=cache)
+            return logits
+
+        return run
+
+    builds = {str(width): partial(build, width) for width in _CHUNKS}
+    usual = str(length)
+    exact = np.asarray(builds[usual]()())
+    return choose(builds, usual, exact, 3 * _TOLERANCE[dtype.itemsize], clock)

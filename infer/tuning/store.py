@@ -117,6 +117,7 @@ def _as_json(tuned: Tuned) -> dict[str, Any]:
     return {
         "products": [[*product, name] for product, name in tuned.forms.products],
         "attention": [[*seen, name] for seen, name in tuned.forms.attention],
+        "chunk": tuned.forms.chunk,
         "rows": tuned.rows,
         "layers": tuned.layers,
         "seconds": tuned.seconds,
@@ -131,11 +132,13 @@ def _from_json(found: dict[str, Any]) -> Tuned:
             PRODUCTS[name]  # KeyError: not one of ours
         products.append((Product(int(rows), (int(R), int(C)), weight, activations), name))
     attention = []
-    for queries, keys, name in found["attention"]:
-        ATTENTION[name]
-        attention.append((Attention(int(queries), int(keys)), name))
+    for queries, keys, whole, name in found["attention"]:
+        if name is not None:
+            ATTENTION[name]
+        attention.append((Attention(int(queries), int(keys), bool(whole)), name))
+    chunk = found["chunk"]
     return Tuned(
-        Forms(tuple(products), tuple(attention)),
+        Forms(tuple(products), tuple(attention), None if chunk is None else int(chunk)),
         tuple(int(rows) for rows in found["rows"]),
         {"list": "list", "stacked": "stacked", None: None}[found["layers"]],
         float(found["seconds"]),

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm2_jax import KVCache, attention, forward, model
-from glm2_jax.attention import Visibility, attend
+from glm2_jax import KVCache, attention, flash, forms, forward, model
+from glm2_jax.attention import ATTENTION, Visibility, attend, candidates
+from glm2_jax.forms import Attention, Forms
 from tests.support.toy import TOY, random_tokens, toy_params
 
 B, T, S, N, K, H = 2, 13, 29, 4, 2, 8
@@ -128,3 +129,75 @@ def test_memory_does_not_grow_with_the_cache(monkeypatch):
     small, large = temporaries(1024), temporaries(16 * 1024)
     assert large < 1.1 * small < 1.1 * 4 * 2**15 * 4
     assert temporaries(16 * 1024, 1024) < 2 * large + 4 * 1024 * N * H * 4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_other_forms_have_the_values_of_the_plain_one(case):
+    """Of 16 or 32 keys, the first two of which all queries see, and NaN where none sees one."""
+    q, k, v, visible = arguments(case)
+    more = [(0, 0), (0, 0), (0, -k.shape[2] % 16), (0, 0)]
+    keys = jnp.pad(visible.key_segments, more[1:3])
+    visible = visible.replace(key_segments=keys, prefix=2)
+    k, v = jnp.pad(k, more), jnp.pad(v, more)
+    k = jnp.where(keys[:, None, :, None] > 0, k, jnp.nan)
+    plain, *others = (
+        jax.jit(form)(q, k, v, visible) for form in (attend, ATTENTION["xla"], ATTENTION["parts"])
+    )
+    for ours in others:
+        assert jnp.isfinite(ours).all()
+        np.testing.assert_allclose(
+            ours[visible.segments > 0], plain[visible.segments > 0], atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("kernel", [flash.triton, flash.splash])
+def test_a_kernel_has_the_values_and_gradients_of_the_plain_form(kernel):
+    """Of a packed and padded text, whose padding has NaN as keys; kernels are interpreted."""
+    length, width = 150, 128
+    segments = jnp.asarray([[1] * 70 + [2] * 50 + [0] * 30], jnp.int32)
+    places = jnp.arange(length, dtype=jnp.int32)[None]
+    visible = Visibility(places, segments, segments, whole=True)
+    q, k, v, weight = (
+        random(seed, 1, *shape, width)
+        for seed, shape in enumerate([(length, N), (K, length), (K, length), (length, N)])
+    )
+    real = (segments > 0)[..., None, None]
+
+    def both(form, padding, *more):
+        def loss(q, k, v):
+            k = jnp.where(real[:, None, :, 0], k, padding)
+            out = jnp.where(real, form(q, k, v, visible, *more), 0)
+            return (out * weight).sum(), out
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+    ours, plain = both(kernel, jnp.nan, True), both(attend, 0)
+    for mine, reference in zip(*map(jax.tree.leaves, (ours, plain)), strict=True):
+        np.testing.assert_allclose(mine, reference, atol=1e-4, rtol=1e-4)
+
+
+def test_forms_are_for_their_platform_and_case():
+    half, single = jnp.dtype("bfloat16"), jnp.dtype("float32")
+    part, one, whole = Attention(512, 1024), Attention(1, 1024), Attention(512, 512, whole=True)
+    cases = [("gpu", half, part), ("gpu", half, whole), ("tpu", half, whole), ("tpu", half, part)]
+    assert [candidates(*case) for case in cases] == [
+        ["xla", "cudnn"], ["xla", "cudnn", "triton"], ["xla", "splash"], ["xla"]
+    ]  # fmt: skip
+    assert candidates("gpu", single, whole) == ["xla"]
+    assert candidates("cpu", single, one) == ["xla", "parts"]
+    chosen = Forms(attention=((part, "cudnn"), (whole, None)))
+    assert chosen.of_attention(Attention(64, 64)) == "cudnn"
+    assert chosen.of_attention(Attention(64, 64, whole=True)) is None
+    assert chosen.describe() == "attention of 512 to 1024: cudnn"
+    assert Forms(attention=((part, "xla"),)).of_attention(whole) == "xla"
+    assert Forms(attention=((whole, "splash"),)).of_attention(part) is None
+
+
+def test_a_form_that_would_write_too_many_scores_gives_way(monkeypatch):
+    given, scores = arguments("cache"), B * N * T * S
+    monkeypatch.setitem(ATTENTION, "xla", lambda q, *others: 0 * q)
+    with forms.using(Forms(attention=((Attention(T, S), "xla"),))):
+        monkeypatch.setattr(attention, "SCORES", scores)
+        assert not attend(*given).any()
+        monkeypatch.setattr(attention, "SCORES", scores - 1)
+        assert attend(*given).any()

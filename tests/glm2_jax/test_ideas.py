@@ -13,12 +13,11 @@ from glm2_jax.errors import InputError, UsageError
 from glm2_jax.ideas import Idea, listening, tell
 from glm2_jax.model import unstack_layers
 from infer.engine import steps
-from tests.support import hurry, toy
+from tests.support import toy
 from tests.support.toy import abstract_params, random_tokens, toy_params
 
 TOY = dataclasses.replace(toy.TOY, num_layers=2)
 LISTED = jax.eval_shape(unstack_layers, abstract_params(TOY))
-compiled = partial(jax.jit, compiler_options=hurry.OPTIONS)
 TOKENS = jax.ShapeDtypeStruct((2, 5), jnp.int32)
 
 
@@ -112,7 +111,7 @@ def test_notes_stay_with_their_slots_and_what_is_told_is_heard():
         return usual(seen), {"saw": seen.notes["saw"] + saw[:, None]}
 
     config = having(attention=attention, notes=("saw",))
-    step = compiled(partial(forward, config))
+    step = jax.jit(partial(forward, config))
     params, tokens = unstack_layers(toy_params(TOY)), random_tokens(2, 3)
     cache = KVCache.zeros(config, 2, 8, jnp.float32)
     with listening() as told:

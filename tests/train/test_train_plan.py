@@ -9,14 +9,17 @@ import pytest
 from convert.loading.folder import open_folder
 from glm2_jax import PRESETS
 from glm2_jax.errors import UsageError
+from glm2_jax.forms import Attention, Forms
 from infer.engine.load import demo_folder
 from infer.memory.budget import Budget
 from infer.memory.precision import Precision
+from infer.tuning.measure import Tuned
 from tests.support.mesh_shapes import device
 from tests.support.program_text import operations
-from train import compiler, full, lora, memory, remat
+from train import attention, compiler, full, lora, memory, remat
 from train.bench import work
 from train.compiler import compile_step
+from train.devices import Devices
 from train.memory import NewAdapter, TrainingPlan
 from train.recipe import parse
 
@@ -178,3 +181,38 @@ def test_activations_are_recomputed_where_they_do_not_fit(
     assert found.training.grad_checkpoint is chosen
     decided = recorded is None and not any("grad-checkpoint" in flag for flag in flags)
     assert ("gradient checkpointing is" in capsys.readouterr().err) == decided
+
+
+KEPT = Tuned(Forms(attention=((Attention(512, 512, whole=True), "xla"),)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept", "recorded", "chosen"),
+    [
+        ([], None, None, None),
+        ([], KEPT, None, "xla"),
+        (["--attention", "usual"], KEPT, None, "usual"),
+        (["--resume", "auto"], KEPT, {"command": "train"}, None),
+        (["--resume", "auto"], None, {"command": "train", "--attention": "xla"}, "xla"),
+        (["--resume", "auto"], KEPT, {"command": "train", "--attention": "splash"}, None),
+    ],
+)
+def test_attention_is_as_measured_and_stays_as_a_run_began(
+    flags, kept, recorded, chosen, capsys, monkeypatch
+):
+    recipe = lora.make_recipe(parse(lora.parser(), ["--data", "d", "--output", "out", *flags]))
+    monkeypatch.setattr(attention, "recorded", lambda path, name: (recorded or {}).get(name))
+    monkeypatch.setattr(attention.store, "find", lambda key: kept)
+    folder, devices = open_folder(demo_folder()), Devices(device("cpu"))
+    found = attention.choose_attention(recipe, folder, devices).training.attention
+    assert found == chosen
+    assert ("form xla, as measured" in capsys.readouterr().err) == (chosen == "xla")
+    config = attention.with_attention(DEMO, found)
+    assert (config.forms == Forms()) == (chosen in (None, "usual"))
+
+
+def test_a_form_of_attention_of_another_device_is_refused():
+    recipe = parse(lora.parser(), ["--data", "d", "--output", "out", "--attention", "cudnn"])
+    arguments = lora.make_recipe(recipe), open_folder(demo_folder()), Devices(device("cpu"))
+    with pytest.raises(UsageError, match="cudnn is not available for float32 on this device"):
+        attention.choose_attention(*arguments)

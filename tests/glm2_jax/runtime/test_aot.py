@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import pytest
 
 from glm2_jax import PRESETS, KVCache, last_logits
+from glm2_jax.attention import ATTENTION, Visibility
+from glm2_jax.products import in_usual_form
+from glm2_jax.quant import QTensor
 from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import steps
 from infer.memory.precision import Precision
@@ -165,3 +168,40 @@ def test_a_step_in_a_32k_cache_copies_no_more_of_it_than_a_layer():
     memory = compiled("cuda", greedy_step, *args, donate=2).memory_analysis()
     layer = 32768 * 2 * 128 * 2
     assert memory.temp_size_in_bytes < 3 * layer < 0.06 * memory.alias_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "whole"),
+    [
+        ("cuda", "triton", True),
+        ("tpu", "splash", True),
+        ("cuda", "cudnn", True),
+        ("cuda", "cudnn", False),
+    ],
+)
+def test_fused_attention_writes_no_scores(platform, name, whole):
+    """A text of 2048 tokens with its gradients, or 1024 tokens after a cache of 16384 slots."""
+    T, S = (2048, 2048) if whole else (1024, 16384)
+    q = jax.ShapeDtypeStruct((1, T, 32, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 2, S, 128), jnp.bfloat16)
+    visible = Visibility(int32(1, T), int32(1, T), int32(1, S), whole=whole)
+
+    def form(q, k, v, visible):
+        return ATTENTION[name](q, k, v, visible).astype(jnp.float32).sum()
+
+    function = jax.grad(form, (0, 1, 2)) if whole else form
+    program = compiled(platform, function, q, k, k, visible, donate=())
+    memory = program.memory_analysis()
+    print(f"{platform} {name} {T} x {S}: {memory.temp_size_in_bytes / MB:.0f} MB of temporaries")
+    assert memory.temp_size_in_bytes < 32 * T * S * 4 / 4
+    masks = name == "cudnn"  # [T, S] for all heads together
+    assert largest_results(program.as_text())[-1] <= max(T * S * masks, 32 * T * 128)
+
+
+def test_a_product_of_several_rows_makes_no_float_copy_of_int8_weights():
+    R, C = 4096, 4096
+    scale = jax.ShapeDtypeStruct((R,), jnp.float32)
+    w = QTensor(jax.ShapeDtypeStruct((R, C), jnp.int8), scale, 8)
+    x = jax.ShapeDtypeStruct((8, C), jnp.bfloat16)
+    program = compiled("cuda", partial(in_usual_form, "gpu"), x, w, donate=())
+    assert largest_results(program.as_text())[-1] < R * C / 4

@@ -87,6 +87,8 @@ def test_flags_of_a_mesh():
         flags(["--tp", "2", "--mesh", "data=2"])
     assert [faster_layers(name, on_mesh=True) for name in ("cpu", "tpu")] == ["list", "stacked"]
     assert [faster_layers("gpu", rows=rows) for rows in (1, 4, 5)] == ["stacked", "stacked", "list"]
+    long = [faster_layers("gpu", rows=2, slots=slots) for slots in (8192, 8200)]
+    assert long == ["stacked", "list"]
     assert Places().rows == 1
 
 

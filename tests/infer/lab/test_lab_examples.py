@@ -16,14 +16,13 @@ from glm2_jax.ideas import Idea, Seen
 from glm2_jax.model import unstack_layers
 from infer.lab.files import read_ideas
 from infer.lab.sample import Sample
-from tests.support import hurry, toy
+from tests.support import toy
 from tests.support.paths import ROOT
 
 TOY = dataclasses.replace(toy.TOY, num_layers=2)
 STACKED = toy.toy_params(TOY)
 PARAMS = unstack_layers(STACKED)
 TOKENS = toy.random_tokens(2, 14)
-compiled = partial(jax.jit, compiler_options=hurry.OPTIONS)
 
 
 def idea_of(name: str, sample: Any = None, **options) -> Idea:
@@ -42,7 +41,7 @@ def logits(config, layers: tuple[int, ...] | None = None) -> np.ndarray:
     params = params_of(config)
     if layers is not None:
         params = {**PARAMS, "layers": [PARAMS["layers"][number] for number in layers]}
-    return np.asarray(compiled(partial(forward, config))(params, TOKENS)[0])
+    return np.asarray(jax.jit(partial(forward, config))(params, TOKENS)[0])
 
 
 def params_of(config):
@@ -52,7 +51,7 @@ def params_of(config):
 
 def stepped(config) -> np.ndarray:
     """The same, token by token through the cache."""
-    step = compiled(lambda params, tokens, cache: forward(config, params, tokens, cache=cache))
+    step = jax.jit(lambda params, tokens, cache: forward(config, params, tokens, cache=cache))
     cache, found = KVCache.zeros(config, 2, 16, jnp.float32), []
     for column in range(TOKENS.shape[1]):
         out, cache = step(params_of(config), TOKENS[:, column : column + 1], cache)
@@ -136,7 +135,7 @@ def attended(name: str, **options) -> tuple[np.ndarray, Seen]:
     idea = idea_of(name, **options)
     notes = {name: jnp.zeros((B, K, T)) for name in idea.notes}
     seen = Seen(q, k, v, Visibility(places, ones, ones), 0, notes)
-    out = compiled(partial(idea.attention, None))(seen)
+    out = jax.jit(partial(idea.attention, None))(seen)
     out = out[0] if idea.notes else out
     return np.moveaxis(np.asarray(out).reshape(B, T, K, N // K, H), 1, 3), seen
 

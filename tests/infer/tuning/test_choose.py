@@ -25,6 +25,7 @@ from infer.tuning import automatic, measure, store
 from infer.tuning.choose import choose
 from infer.tuning.kept import kept_lines
 from infer.tuning.measure import USUAL, Tuned, tune
+from tests.support.engine_toy import toy_engine
 from tests.support.toy import TOY, jit_forward, random_tokens, toy_params
 
 CPU = jax.devices("cpu")[0]
@@ -175,6 +176,23 @@ def test_forms_that_are_not_faster_together_are_left_out(monkeypatch):
     found = tune(TOY, INT8, [1], CPU, layers="list", clock=prefers(("small chunks", USUAL)))
     assert {p.rows: name for p, name in found.forms.products} == {1: None, 64: "small chunks"}
     assert (found.layers, found.measured[-1].choice.name) == ("list", "usual, list")
+
+
+def test_a_prompt_is_read_in_the_fastest_parts(monkeypatch, tmp_path):
+    """Where it is measured: not on a CPU, where it takes too long."""
+    monkeypatch.setattr(measure, "_CHUNKS", (16, 8))
+    args = TOY, Precision("float32"), Forms(), "stacked", CPU
+    choice = measure._chunk(*args, prefers("8"))
+    assert (choice.name, choice.usual, choice.refused) == ("8", "16", {})
+    assert set(choice.seconds) == {"16", "8"}
+    tuned = Tuned(Forms(chunk=8), (1,))
+    key = store.key_of(TOY, Precision("float32"), CPU)
+    path = store.keep(key, tuned, tmp_path / "forms.json")
+    assert path is not None and store.read(path, key) == tuned
+    assert tuned.forms.describe() == "prompts are read by 8 tokens"
+    config = replace(TOY, forms=tuned.forms)
+    assert toy_engine(config=config).prefill_chunk == 8
+    assert toy_engine(config=config, prefill_chunk=5).prefill_chunk == 5
 
 
 def test_a_choice_is_kept_for_its_device_and_model_alone(tuned, tmp_path, monkeypatch):
