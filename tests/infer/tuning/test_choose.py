@@ -86,6 +86,13 @@ def test_noise_is_no_reason_to_leave_the_usual_form(times):
     assert choice.name == "plain" and set(choice.seconds) == {"plain", "other"}
 
 
+@pytest.mark.parametrize(("gain", "chosen"), [(0.9, "plain"), (0.97, "one")])
+def test_what_is_saved_counts_from_a_share_on(gain, chosen):
+    clock = lambda name, run: 1.0 if name == "plain" else 0.95  # noqa: E731
+    forms = builds(plain=RIGHT, one=RIGHT)
+    assert choose(forms, "plain", RIGHT, 1e-3, clock, gain).name == chosen
+
+
 def test_a_choice_counts_for_the_nearest_number_of_rows():
     product = Product(4, (8, 6), "int8", "float32")
     forms = Forms(
