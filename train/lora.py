@@ -12,6 +12,7 @@ from train.options import NEW_ADAPTER, AdapterOptions
 from train.recipe import Recipe
 
 LR = 5e-5
+ADAPTER = ("adapter", AdapterOptions)
 PROG = "python -m train.lora"
 DESCRIPTION = """Fine-tunes a LoRA adapter.
 
@@ -28,7 +29,7 @@ EXAMPLE = f"""{PROG} --data data.jsonl --model chatglm2-6b --output adapter
 
 def parser() -> Parser:
     """Return the parser of the command."""
-    return make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, output="adapter", adapter=True)
+    return make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, output="adapter", adapter=ADAPTER)
 
 
 def make_recipe(args: argparse.Namespace) -> Recipe:

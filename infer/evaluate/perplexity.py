@@ -26,6 +26,7 @@ from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.runtime.gather import gathered
 from infer.datasets.encode import Encoder
+from infer.datasets.texts import spans
 from infer.engine.load import demo_folder
 from infer.engine.reader import Item, nats_of, read_all
 from infer.evaluate.options import Variant
@@ -262,13 +263,9 @@ def prepare(
 
 def windows(prefix: tuple[int, ...], ids: Sequence[int], room: int, stride: int) -> Iterator[Item]:
     """Cut a text into items of at most `room` of its ids, in which every id counts once."""
-    done = 0
-    while done < len(ids):
-        end = min(done + (stride if done else room), len(ids))
-        start = max(end - room, 0)
-        before = len(prefix) + done - start
-        yield Item((*prefix, *ids[start:end]), (False,) * before + (True,) * (end - done))
-        done = end
+    for start, new, end in spans(len(ids), room, stride):
+        before = len(prefix) + new - start
+        yield Item((*prefix, *ids[start:end]), (False,) * before + (True,) * (end - new))
 
 
 def measure(engines: Sequence[Engine], material: Material, batch: int) -> list[Total]:

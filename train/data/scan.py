@@ -29,9 +29,11 @@ from glm2_jax.cli.messages import note
 from glm2_jax.cli.text_input import parse_object
 from glm2_jax.errors import InputError
 from glm2_jax.runtime.compile_cache import trim, user_cache
+from infer.datasets import PREFERENCE
 from infer.datasets.encode import Encoder
 from infer.datasets.formats import detect, read_messages, unknown_format, unused_keys
 from infer.datasets.index import DataFile, Row, no_rows
+from infer.datasets.pairs import SIDES, read_pair
 
 VARIABLE = "GLM2_JAX_DATA_CACHE"
 MAX_BYTES = 2**30
@@ -41,7 +43,7 @@ _FACTS = ("format", "by_line", "rows", "bad", "bad_reasons", "unused", "marked")
 _CODE = (
     "glm2_jax.text.prompt", "glm2_jax.text.tokenizer", "infer.requests.request",
     "infer.datasets.encode", "infer.datasets.formats", "infer.datasets.index",
-    "infer.datasets.tables", __name__,
+    "infer.datasets.pairs", "infer.datasets.tables", "infer.datasets.texts", __name__,
 )  # fmt: skip
 MAX_LISTED = 10_000  # bad rows whose reasons are kept; all are counted
 COLUMNS = {
@@ -136,7 +138,10 @@ def _agree(
 
 
 def _sequences(found: Scan, fields: dict[str, Any], reading: Reading) -> list[tuple[int, int, int]]:
-    """Return number, length and learned tokens of the sequences of a row: all of them, or none."""
+    """Return number, length and learned tokens of the sequences of a row: all of them, or none. A
+    pair counts as one."""
+    if found.format == PREFERENCE:
+        return [_pair(fields, reading)]
     messages = read_messages(fields, found.format)
     sequences = []
     # The last one is the longest: if it is too long, no other one has to be encoded.
@@ -149,6 +154,20 @@ def _sequences(found: Scan, fields: dict[str, Any], reading: Reading) -> list[tu
     answers = (message for message in messages if message["role"] == "assistant")
     found.marked += sum(not message.get("loss", True) for message in answers)
     return sequences[::-1]
+
+
+def _pair(fields: dict[str, Any], reading: Reading) -> tuple[int, int, int]:
+    total = count = 0
+    for key, messages in zip(SIDES, read_pair(fields), strict=True):
+        if not reading.encoder.count(messages):
+            raise InputError(f"{key} is marked as not to be learned")
+        ids, learned = reading.encoder.encode(messages, 0)
+        if len(ids) > reading.max_length:
+            raise InputError(
+                f"{key} is too long", f"{len(ids)} tokens, at most {reading.max_length}"
+            )
+        total, count = total + len(ids), count + sum(learned)
+    return 0, total, count
 
 
 def cached_scan(
@@ -220,7 +239,7 @@ def _key(digest: str, kind: str, reading: Reading) -> str:
         _code(), digest, kind, hashlib.sha256(tokenizer.model_bytes).hexdigest(), tokenizer.family,
         sorted(tokenizer.special.items()), sorted(map(repr, tokenizer.added.values())),
         encoder.template, encoder.train_on_prompt, reading.max_length, reading.fmt,
-        reading.preferred,
+        reading.preferred, None if encoder.texts is None else encoder.texts.stride,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

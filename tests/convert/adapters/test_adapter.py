@@ -182,7 +182,7 @@ SLOW = r"(\w+[._]?)+(\w+[._]?)+(\w+[._]?)+!"
     ("said", "changes"),
     {
         "not supported": [
-            {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["output_layer"]},
+            {"use_qalora": True}, {"bias": "all"}, {"modules_to_save": ["output_layer"]},
             {"init_lora_weights": "pissa_niter_4"}, {"target_parameters": ["mlp.weight"]},
             {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 8}, {"new": {"on": 1}},
         ],
