@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from glm2_jax.linear import einsum
-from glm2_jax.lora import ADAPTED, TARGETS, LoRA, layer_of, weight_axes
+from glm2_jax.lora import ADAPTED, TARGETS, LoRA, weight_axes
 from glm2_jax.parts import TABLE
 from glm2_jax.quant import QTensor, dequantize
 
@@ -65,7 +65,10 @@ def norms(params: Mapping[str, Any], lora: LoRA) -> Rows:
     if isinstance(layers, Mapping):
         weights = {name: layers[name] for name, at in ADAPTED.items() if at[0] in lora.layers}
         return jax.lax.map(lambda both: _of_layer(*both), (weights, lora))
-    found = [_of_layer(weights, layer_of(lora, number)) for number, weights in enumerate(layers)]
+    found = [
+        _of_layer(weights, jax.tree.map(lambda x, n=number: x[n], lora))
+        for number, weights in enumerate(layers)
+    ]
     return jax.tree.map(lambda *each: jnp.stack(each), *found)
 
 
@@ -86,11 +89,10 @@ def _norm(
     weight: jax.Array | QTensor, rows: str, columns: str, a: jax.Array, b: jax.Array
 ) -> jax.Array:
     """Return |W + B A| over the columns, without the matrix B A: float32 [*rows]."""
-    plain, used = weight, a
     if isinstance(weight, QTensor):
-        plain = dequantize(weight, len(rows))
+        plain, used = dequantize(weight, len(rows)), a
     else:
-        used = a.astype(weight.dtype)
+        plain, used = weight, a.astype(weight.dtype)
     axes = tuple(range(len(rows), plain.ndim))
     squares = jnp.sum(jnp.square(plain.astype(jnp.float32)), axis=axes)
     mixed = einsum(f"R{columns},{rows}{columns}->R{rows}", used, weight)

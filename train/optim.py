@@ -69,7 +69,9 @@ def make_optimizer(
     `ratio` multiplies the learning rate of all of an adapter but A (LoRA+, arXiv 2402.12354).
     """
     mask = partial(jax.tree_util.tree_map_with_path, _decays)
-    steps = [optax.adamw(schedule, 0.9, 0.999, 1e-8, weight_decay=weight_decay, mask=mask)]
+    steps: list[Any] = [
+        optax.adamw(schedule, 0.9, 0.999, 1e-8, weight_decay=weight_decay, mask=mask)
+    ]
     # A tracer cannot be compared.
     if not (clip is None or (isinstance(clip, int | float) and clip == 0)):
         steps.insert(0, optax.clip_by_global_norm(clip))
@@ -129,8 +131,11 @@ class Numbers:
         options = {"clip": self.clip, "weight_decay": self.weight_decay, "ratio": self.ratio}
         return make_optimizer(self.schedule, **options)
 
-    def put_into(self, lora: LoRA) -> LoRA:
-        """Return the adapter with `scale` and `kept` among its arrays, one for each layer."""
+    def put_into(self, lora: Any) -> Any:
+        """Return an adapter with `scale` and `kept` among its arrays, one for each layer; what is
+        not a LoRA stays as it is."""
+        if not isinstance(lora, LoRA):
+            return lora
         layers = {}
         for target, weights in lora.layers.items():
             numbers = {"scale": self.scale[target], "kept": self.kept}

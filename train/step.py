@@ -267,56 +267,58 @@ def train_step(
         effective: makes the adapter, or the prefix, from `trained`; None = it is the adapter.
         objective: what the step lowers.
     """
-    if numbers is not None:
-        optimizer = numbers.optimizer()
     noise = None if numbers is None else numbers.noise
+    optimizer = optimizer if numbers is None else numbers.optimizer()
     assert optimizer is not None
     count = objective.count(batch)
     scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
 
     def made(weights: Any) -> LoRA | Prefix:
-        adapter = effective(weights) if effective is not None else weights
-        if numbers is None or not isinstance(adapter, LoRA):
-            return adapter
-        return numbers.put_into(adapter)
+        adapter = weights if effective is None else effective(weights)
+        return adapter if numbers is None else numbers.put_into(adapter)
 
     def loss(weights: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        adapter = None if base is None else made(weights)
-        params, lora = combine(weights if base is None else base, adapter, lengths)
+        added = None if base is None else made(weights)
+        params, lora = combine(weights if base is None else base, added, lengths)
         dropout_key, noise_key = jax.random.split(key)
-        dropout = 0 if adapter is None else adapter.dropout
-        rate = max(config.attention_dropout, config.hidden_dropout, dropout)
+        rate = max(config.attention_dropout, config.hidden_dropout, added.dropout if added else 0)
         return objective.total(
             config, params, lora, rows, dropout_key=dropout_key if rate > 0 else None,
             noise=None if noise is None else _noise(config, rows, noise, noise_key), remat=remat,
             scale=scale / jnp.maximum(count, 1),
         )  # fmt: skip
 
-    def add(total: Any, rows_and_index: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        rows, index = rows_and_index
-        gradient = jax.value_and_grad(loss, has_aux=True)
-        found = gradient(weights, rows, jax.random.fold_in(step_key, index))
-        return jax.tree.map(lambda x, new: x + new.astype(jnp.float32), total, found), None
-
-    step_key = jax.random.fold_in(key, number)
     weights = trained if dtype is None else jax.tree.map(lambda x: x.astype(dtype), trained)
     lengths = None if base is None else lengths_of(base, made(weights))
-    figures = dict.fromkeys(objective.figures, scale)
-    sums = (scale, figures), trained
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), sums)
-    total, _ = jax.lax.scan(add, zeros, (batch, jnp.arange(batch.tokens.shape[0])))
-    (mean, figures), gradients = total
+    sums = (scale, dict.fromkeys(objective.figures, scale)), trained
+    key = jax.random.fold_in(key, number)
+    (mean, figures), gradients = _add_up(loss, weights, batch, key, sums)
     mean, gradients = jax.tree.map(lambda x: x / scale, (mean, gradients))
     figures = {name: x / jnp.maximum(count, 1) for name, x in figures.items()}
     trained, state, metrics = _apply(optimizer, trained, state, mean, gradients, count)
     return trained, state, metrics._replace(figures=figures)
 
 
+def _add_up(loss: Callable[..., Any], weights: Any, batch: Batch, key: jax.Array, like: Any) -> Any:
+    """Return what `loss` gives, and its gradients by the weights, summed over micro-batches in
+    float32; `like` has their shapes."""
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def add(total: Any, rows_and_index: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        rows, index = rows_and_index
+        found = gradient(weights, rows, jax.random.fold_in(key, index))
+        return jax.tree.map(lambda x, new: x + new.astype(jnp.float32), total, found), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
+    return jax.lax.scan(add, zeros, (batch, jnp.arange(batch.tokens.shape[0])))[0]
+
+
 def lengths_of(base: Any, adapter: LoRA | Prefix) -> dora.Rows | None:
     """Return the norms that an adapter of DoRA needs; None for others. They are constants of a
     step: no gradient goes through them."""
-    needed = isinstance(adapter, LoRA) and dora.has_magnitudes(adapter)
-    return dora.norms(base, adapter) if needed else None
+    if isinstance(adapter, LoRA) and dora.has_magnitudes(adapter):
+        return dora.norms(base, adapter)
+    return None
 
 
 def combine(

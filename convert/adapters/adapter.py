@@ -248,11 +248,13 @@ def attach(checkpoint: Checkpoint, *adapters: Adapter, joined: bool = False) -> 
         )
     lora = join_adapters([one.lora for one in adapters]) if joined else adapters[0].lora
     place = checkpoint.params["final_norm"].sharding
-    on_mesh = isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh)
-    lora = jax.device_put(lora, lora_sharding(lora, place.mesh) if on_mesh else place)
-    if has_magnitudes(lora):
-        lora = with_own_gains(checkpoint.params, lora)
-        lora = jax.device_put(lora, lora_sharding(lora, place.mesh)) if on_mesh else lora
+
+    def put(lora: LoRA) -> LoRA:
+        if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
+            return jax.device_put(lora, lora_sharding(lora, place.mesh))
+        return jax.device_put(lora, place)
+
+    lora = put(with_own_gains(checkpoint.params, put(lora)))
     digests = " ".join([checkpoint.fingerprint, *(one.digest for one in adapters)])
     notes = [*checkpoint.notes]
     for one in adapters:

@@ -84,7 +84,9 @@ def init_encoder(
 ) -> dict[str, jax.Array]:
     """Make the encoder of a new prefix of `length` tokens, float32, as torch does: its embedding is
     normal(0, 1), weights and biases of the projection are uniform in +-1 / sqrt(columns)."""
-    shapes = dict(zip(_TRAINED, _shapes(config, length, projection).values(), strict=False))
+    shapes: dict[str, Any] = dict(
+        zip(_TRAINED, _shapes(config, length, projection).values(), strict=False)
+    )
     keys = jax.random.split(key, len(shapes))
     found = {"embedding": jax.random.normal(keys[0], shapes.pop("embedding"), jnp.float32)}
     for (name, shape), one in zip(shapes.items(), keys[1:], strict=True):

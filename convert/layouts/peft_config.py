@@ -186,8 +186,9 @@ def read_peft_config(folder: Path) -> PeftConfig:
     given = {key: x for key, x in values.items() if x is not False and x not in _DEFAULTS}
     selection = {"r": 8, "lora_alpha": 8, **given}
     _check_selection(path, selection)
-    kinds = (bool(selection.get(name)) for name in ("use_rslora", "use_dora"))
-    return PeftConfig(path, float(dropout), *kinds, selection, raw.get("base_model_name_or_path"))
+    rslora, dora = (bool(selection.get(name)) for name in ("use_rslora", "use_dora"))
+    base = raw.get("base_model_name_or_path")
+    return PeftConfig(path, float(dropout), rslora, dora, selection, base)
 
 
 def peft_kind(folder: Path) -> str:
