@@ -12,6 +12,7 @@ import pytest
 from glm2_jax import init_lora
 from glm2_jax.errors import InputError, UsageError
 from infer.datasets.pairs import read_pair
+from tests.support import hurry
 from tests.support.checkpoints import TINY, save, tiny_config
 from tests.support.toy import TOY, jit_forward, toy_params
 from tests.support.training_data import GLM2, learned_of, open_rows, write_rows
@@ -45,7 +46,8 @@ def sequences(seed: int):
 def log_probabilities(sequence, lora=None) -> list[float]:
     """Those of the learned tokens of one sequence alone, in float64."""
     ids, learned = sequence
-    logits, _ = jit_forward(SMALL, toy_params(SMALL), np.array([ids]), lora=lora)
+    padded = np.array([[*ids, *[0] * (16 - len(ids))]])  # which no real token sees
+    logits, _ = jit_forward(SMALL, toy_params(SMALL), padded, lora=lora)
     logits = np.asarray(logits[0], np.float64)
     logits -= logits.max(-1, keepdims=True)
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -80,7 +82,8 @@ def test_losses_are_those_of_trl(loss, monkeypatch):
     assert int(count_pairs(batch)) == 3
     monkeypatch.setattr("train.step.LOGITS", 7 * 3 * SMALL.vocab_size)  # in several blocks
     total, figures = jax.jit(
-        lambda lora: LOSSES[loss](BETA, SMALL, toy_params(SMALL), lora, batch, scale=0.5)
+        lambda lora: LOSSES[loss](BETA, SMALL, toy_params(SMALL), lora, batch, scale=0.5),
+        compiler_options=hurry.options("cpu"),
     )(lora)
     assert float(total) == pytest.approx(0.5 * sum(x for x, _ in expected), abs=1e-4)
     assert float(figures["margin"]) == pytest.approx(sum(x for _, x in expected), abs=1e-4)
@@ -170,13 +173,13 @@ def test_a_pair_is_two_sequences_of_a_row(tmp_path):
     assert print_sample(dataset, 1).count("d.jsonl:1") == 2
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_run_raises_the_margin(tmp_path, loss, capsys):
+def test_a_run_raises_the_margin(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.step.compiler_options", hurry.options)
     save(tmp_path / "model", config=tiny_config(num_layers=1))
     rows = [{"prompt": f"{n} 号茶叫什么", "chosen": f"青山{n}号", "rejected": f"白云{n}号"}
             for n in range(4)]  # fmt: skip
     data = str(write_rows(tmp_path / "d.jsonl", rows))
-    flags = ["--model", str(tmp_path / "model"), "--data", data, "--loss", loss,
+    flags = ["--model", str(tmp_path / "model"), "--data", data,
              "--output", str(tmp_path / "out"), "--steps", "8", "--lr", "3e-2", "--rank", "2",
              "--warmup", "0", "--batch-size", "4", "--grad-accum", "1", "--max-length", "64",
              "--compile-cache", "off", "--val-data", data, "--log-every", "8"]  # fmt: skip
@@ -186,8 +189,7 @@ def test_a_run_raises_the_margin(tmp_path, loss, capsys):
     seen = [x for x in lines if x["split"] == "validation"]
     assert steps[-1]["margin"] > steps[0]["margin"] and steps[-1]["accuracy"] == 1
     assert seen[-1]["loss"] < seen[0]["loss"] and "perplexity" not in seen[0]
-    if loss == "dpo":  # a new adapter is its reference
-        assert seen[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert seen[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # it is its reference yet
     assert "margin" in capsys.readouterr().err
     again = ["--config", str(tmp_path / "out" / "recipe.yml"), "--output", str(tmp_path / "out"),
              "--resume", "auto"]  # fmt: skip

@@ -3,6 +3,8 @@ schedules, what clipping and decay apply to."""
 
 import dataclasses
 import itertools
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,15 @@ from safetensors.numpy import load_file
 
 from convert import export_folder, load_checkpoint, open_folder
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
-from glm2_jax import LoRA, init_lora
+from glm2_jax import LoRA, compiler_options, init_lora
+from tests.support import hurry
 from tests.support.checkpoints import random_params, save, tiny_config
 from tests.support.peft_oracle import oracle_of
 from tests.support.toy import TOY, toy_params
 from train.data.batch import Batch
 from train.optim import Numbers, make_optimizer, make_schedule, warmup_steps
 from train.options import SCHEDULES
-from train.step import init_state, make_step
+from train.step import init_state, train_step
 
 SMALL = dataclasses.replace(TOY, num_layers=2)
 LR, STEPS = 1e-3, 10
@@ -66,7 +69,8 @@ def ours(config, params, lora, effective, lr=LR, decay=0.01, ratio=None):
     scaled = effective(lora) if effective else lora
     scaled = scaled if isinstance(scaled, LoRA) else None
     numbers = Numbers.of(schedule, scaled, weight_decay=decay, clip=0, noise=0, ratio=ratio)
-    step = make_step(config, effective=effective)
+    options: Any = compiler_options("cpu") | hurry.OPTIONS
+    step = jax.jit(partial(train_step, config, None, effective=effective), compiler_options=options)
     lora = jax.tree.map(np.asarray, lora)
     state, losses, norms = init_state(numbers.optimizer(), lora), [], []
     for number in range(STEPS):

@@ -11,16 +11,17 @@ import pytest
 
 from convert import load_checkpoint, open_folder
 from convert.adapters.prefix import attach_prefix, encode, init_encoder, load_prefix, save_prefix
-from glm2_jax import GLMConfig
+from glm2_jax import PRESETS, GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.prefix import Prefix, of_layer
+from tests.support import hurry
 from tests.support.checkpoints import save, tiny_config
 from tests.support.peft_oracle import torch_oracle
 from tests.support.prefixes import START
 from tests.support.toy import toy_params
 from tests.support.training_data import alpaca, write_rows
 from tests.train.test_train_peft import SMALL, ours, theirs
-from train import prefix
+from train import memory, prefix
 from train.run_folder.log import read_log
 
 P = 5
@@ -54,8 +55,9 @@ def official(torch, config: GLMConfig, oracle, tensors):
 def test_ten_steps_are_those_of_torch(tmp_path, projection):
     torch, oracle = torch_oracle(SMALL, toy_params(SMALL))
     oracle.requires_grad_(False)
-    encoder = init_encoder(SMALL, jax.random.key(2), P, projection=projection)
-    save_prefix(tmp_path, SMALL, jax.tree.map(np.asarray, encoder))
+    init = jax.jit(partial(init_encoder, SMALL, length=P, projection=projection))
+    encoder = jax.tree.map(np.asarray, init(jax.random.key(2)))
+    save_prefix(tmp_path, SMALL, encoder)
     started = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
     model = official(torch, SMALL, oracle, {name: x.numpy() for name, x in started.items()})
     losses, norms = theirs(torch, model, lr=2e-2, decay=0)
@@ -73,7 +75,7 @@ def test_ten_steps_are_those_of_torch(tmp_path, projection):
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["pre_seq_len"], config["prefix_projection"]) == (P, projection)
     assert GLMConfig.from_hf(config) == SMALL
-    read, made = load_prefix(tmp_path, SMALL), make(found[2])
+    read, made = load_prefix(tmp_path, SMALL), jax.jit(make)(found[2])
     np.testing.assert_allclose(read.k, made.k, atol=1e-5)
     np.testing.assert_allclose(read.v, made.v, atol=1e-5)
     with pytest.raises(CheckpointError, match="NaN"):
@@ -108,8 +110,8 @@ def flags(tmp_path_factory):
             "--compile-cache", "off", "--log-every", "1"]  # fmt: skip
 
 
-def test_a_run_resumes_and_its_prefix_answers(flags, tmp_path, capsys):
-    """With the loss that the log says, on a quantized base."""
+def test_a_run_resumes_and_its_prefix_is_read(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.step.compiler_options", hurry.options)
     out, data = tmp_path / "a", flags[3]
     more = ["--steps", "4", "--save-every", "2", "--val-data", data, "--output", str(out)]
     assert prefix.main([*flags, *more]) == 0
@@ -144,10 +146,13 @@ def test_what_cannot_be_trained(flags, tmp_path):
 
 def test_the_official_recipe_is_the_default(capsys):
     args = ["--dry-run", "--model", "chatglm2-6b", "--device", "3090", "--max-length", "193"]
-    assert prefix.main(args) == 0
+    assert prefix.main([*args, "--grad-checkpoint", "--quantize-base", "int4"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "a prefix of 128 tokens" in text and "1 rows of 193 tokens" in text
     assert "16 micro-batches per step" in text
+    sizes = [memory.NewPrefix(128, projection, 0.1) for projection in (False, True)]
+    found = [memory.abstract_adapter(PRESETS["chatglm2-6b"], size) for size in sizes]
+    assert [sum(x.size for x in one.values()) for one in found] == [1_835_008, 119_293_952]
     training = prefix.make_recipe(prefix.parser().parse_args(["--data", "d"])).training
     assert (training.lr, training.steps, training.schedule, training.warmup) == (
         2e-2, 3000, "linear", 0,
