@@ -134,7 +134,8 @@ class Loop:
                 if due and self.evaluate is not None:
                     self._choose(state, position)
                 # One that may be of a diverging run does not push out one from before.
-                if not position.above or asked_to_stop or step == self.total:
+                doubtful = position.above and self.recipe.training.stop_diverged == "on"
+                if not doubtful or asked_to_stop or step == self.total:
                     self.checkpoints.save(step, state, dataclasses.asdict(position))
             if asked_to_stop:
                 break

@@ -65,9 +65,7 @@ class AdapterOptions:
     )
 
 
-NEW_ADAPTER: dict[str, Any] = {
-    "rank": 8, "alpha": 32, "target": "attn", "rslora": False, "dora": False,
-}  # fmt: skip
+NEW_ADAPTER: dict[str, Any] = {"rank": 8, "alpha": 32, "target": "attn", "rslora": False}
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,8 @@ def test_a_run_raises_the_margin(tmp_path, capsys, monkeypatch):
     flags = ["--model", str(tmp_path / "model"), "--data", data,
              "--output", str(tmp_path / "out"), "--steps", "8", "--lr", "3e-2", "--rank", "2",
              "--warmup", "0", "--batch-size", "4", "--grad-accum", "1", "--max-length", "64",
-             "--compile-cache", "off", "--val-data", data, "--log-every", "8"]  # fmt: skip
+             "--compile-cache", "off", "--no-grad-checkpoint", "--val-data", data,
+             "--log-every", "8"]  # fmt: skip
     assert preference.main(flags) == 0
     lines = read_log(tmp_path / "out" / "log.jsonl")
     steps = [x for x in lines if x["split"] == "train"]

@@ -212,7 +212,7 @@ def test_a_run_that_diverges_ends_and_keeps_an_earlier_checkpoint():
         again.run(state, Position.restored(saved, 28))
     assert str(other.value) == str(end.value)
     on = make("--stop-diverged", "off", total=90, step=diverging)
-    assert on.run(0, Position()) == 90 and on.checkpoints.newest == 90
+    assert on.run(0, Position()) == 90 and 88 in on.checkpoints
 
 
 @pytest.mark.parametrize("loss", [lambda n: 0.001 + 0.3 * (n % 7 == 0), lambda n: 8.0 + n % 5])

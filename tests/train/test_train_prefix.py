@@ -107,7 +107,7 @@ def flags(tmp_path_factory):
     data = write_rows(path.parent / f"{path.name}.jsonl", rows)
     return ["--model", str(path), "--data", str(data), "--max-length", "64", "--batch-size", "2",
             "--grad-accum", "2", "--pre-seq-len", "3", "--quantize-base", "int8",
-            "--compile-cache", "off", "--log-every", "1"]  # fmt: skip
+            "--compile-cache", "off", "--log-every", "1", "--no-grad-checkpoint"]  # fmt: skip
 
 
 def test_a_run_resumes_and_its_prefix_is_read(flags, tmp_path, capsys, monkeypatch):
