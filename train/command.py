@@ -47,7 +47,7 @@ def make_parser(
 
     `adapter` is what it trains on a frozen base, a title and the class of its flags; None = all
     parameters. `preference` is the class of the flags of a loss of pairs. `changes` are other
-    arguments of the flags of data, training and evaluation, see `add_flags`; without one for it,
+    arguments of the flags of data, adapter, training and evaluation, see `add_flags`; without one for it,
     `lr` is the default learning rate of a wide model.
     """
     others: Any = {"lr": {"help": RATE.format(lr)}, **changes}
@@ -60,7 +60,8 @@ def make_parser(
     add_model_options(result)
     add_flags(result, "data", DataOptions, **others)
     if adapter is not None:
-        add_flags(result, *adapter).add_argument(
+        title, options = adapter
+        add_flags(result, title, options, **others).add_argument(
             "--quantize-base", choices=QUANTIZE,
             help="quantize the frozen base to int8 or int4 (QLoRA); none = dequantize a quantized "
             "checkpoint (default: as stored)",

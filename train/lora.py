@@ -20,8 +20,8 @@ At the end --output holds an adapter in the format of PEFT, for --adapter of inf
 infer.chat and infer.evaluate, and the checkpoints for --resume auto, which continues a stopped
 run with bit-identical results.
 
-Exit codes: 0 success, 2 usage, 3 bad data or non-finite loss, 4 model or checkpoint, 5 out of
-memory or device, 130 interrupted, 143 terminated (both after saving)."""
+Exit codes: 0 success, 2 usage, 3 bad data, or a loss that is not finite or diverges, 4 model or
+checkpoint, 5 out of memory or device, 130 interrupted, 143 terminated (both after saving)."""
 EXAMPLE = f"""{PROG} --data data.jsonl --model chatglm2-6b --output adapter
   {PROG} --data data.jsonl --model chatglm2-6b --output adapter --resume auto
   {PROG} --data data.jsonl --check-data"""

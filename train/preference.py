@@ -32,6 +32,7 @@ UNUSED = ("train_on_prompt", "mix_data", "mix_ratio", "stride", "guard_data")
 CHANGES = {
     "format": {"choices": (PREFERENCE,), "default": PREFERENCE, "help": argparse.SUPPRESS},
     **{name: {"help": argparse.SUPPRESS} for name in UNUSED},
+    "dropout": {"default": 0.0},  # the reference has none, either
 }
 
 

@@ -204,6 +204,7 @@ def test_flags_of_other_commands(tmp_path):
         with pytest.raises(UsageError, match=f"{flags[0]} cannot be used by train.preference"):
             preference.make_recipe(given)
     found = preference.make_recipe(parse(preference.parser(), ["--data", "d", "--beta", "0.5"]))
+    assert found.adapter is not None and found.adapter.dropout == 0  # as TRL turns it off
     assert found.settings()["beta"] == 0.5 and found.identity()["--loss"] == "dpo"
     path = write_rows(tmp_path / "d.jsonl", [FORMS["trl"]])
     folder: Any = SimpleNamespace(tokenizer=GLM2, template="chatglm2", config=TINY)
