@@ -47,8 +47,8 @@ def make_parser(
 
     `adapter` is what it trains on a frozen base, a title and the class of its flags; None = all
     parameters. `preference` is the class of the flags of a loss of pairs. `changes` are other
-    arguments of the flags of data, adapter, training and evaluation, see `add_flags`; without one for it,
-    `lr` is the default learning rate of a wide model.
+    arguments of the flags of data, adapter, training and evaluation, see `add_flags`; without one
+    for it, `lr` is the default learning rate of a wide model.
     """
     others: Any = {"lr": {"help": RATE.format(lr)}, **changes}
     result = Parser(prog=prog, description=description, example=example)
