@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     choice = from_flags(ModelChoice, args)
     from convert.adapters.adapter import open_adapter, save_adapter, stored_tensors
-    from convert.adapters.tensors import find_layout
+    from convert.adapters.layouts import find_layout
     from convert.loading.folder import fingerprint
     from convert.writing.destination import new_destination
 

@@ -13,6 +13,7 @@ from glm2_jax.attention import attend, finite_values
 from glm2_jax.cache import Noted, read_layer, write_layer, write_notes
 from glm2_jax.context import TokenContext
 from glm2_jax.ideas import Idea, Seen, check
+from glm2_jax.prefix import of_layer
 
 Dropout = Callable[[jax.Array], jax.Array]
 
@@ -26,11 +27,13 @@ def attend_cached(
     layer: Any,
     context: TokenContext,
     dropout: Dropout | None,
+    prefix_key: jax.Array | None,
 ) -> tuple[jax.Array, Any, Any]:
     """Return what the tokens attend to, [B, T, N, H], and the keys and values of all layers.
 
     q is [B, T, N, H], k and v are [B, T, K, H], all rotated; `caches` are keys and values
-    [L, B, K, S, H], or None.
+    [L, B, K, S, H], or None. `dropout` is that of probabilities, `prefix_key` drops elements of a
+    prefix.
     """
     k_cache, v_cache = caches
     keys: Any
@@ -44,8 +47,10 @@ def attend_cached(
         keys, values = (read_layer(cache, layer, rows, view) for cache in (k_cache, v_cache))
     else:
         if context.prefix is not None:
-            keys = _after_prefix(context.prefix.k, keys, layer)
-            values = _after_prefix(context.prefix.v, values, layer)
+            first = of_layer(context.prefix, layer, len(k), k.dtype, prefix_key)
+            keys, values = (
+                jnp.concatenate(pair, axis=1) for pair in zip(first, (keys, values), strict=True)
+            )
         keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
     if idea.attention is None:
         return attend(q, keys, values, context.visible, dropout), k_cache, v_cache
@@ -63,10 +68,3 @@ def attend_cached(
 
 def _usual(dropout: Dropout | None, seen: Seen) -> jax.Array:
     return attend(seen.q, seen.k, seen.v, seen.visible, dropout)
-
-
-def _after_prefix(prefix: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:
-    """Put one layer of a prefix [L, P, K, H] before [B, T, K, H], in the dtype of the latter."""
-    first = jax.lax.dynamic_index_in_dim(prefix, layer, keepdims=False).astype(new.dtype)
-    first = jnp.broadcast_to(first, (new.shape[0], *first.shape))
-    return jnp.concatenate([first, new], axis=1)

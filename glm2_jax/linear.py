@@ -32,10 +32,17 @@ def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -
     return _multiply(spec, chosen(), x, w, added)
 
 
-def project(spec: str, x: jax.Array, weight: Any, bias: jax.Array | None, added: Any) -> jax.Array:
-    """Compute product, `added` and bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
-    projected = biased(einsum(spec, x, weight, added), bias).astype(x.dtype)
+def project(
+    spec: str, x: jax.Array, weight: Any, bias: jax.Array | None, added: Any, gain: Any = None
+) -> jax.Array:
+    """Compute product, `added` and bias, rounded once: [B, T, D] -> [B, T, heads, H]; the sum of
+    the first two is multiplied by `gain`."""
+    projected = biased(scaled(einsum(spec, x, weight, added), gain), bias).astype(x.dtype)
     return constrain(projected, *spec.split("->")[1])
+
+
+def scaled(x: jax.Array, gain: jax.Array | None) -> jax.Array:
+    return x if gain is None else x * gain
 
 
 def biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:

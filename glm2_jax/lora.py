@@ -38,6 +38,16 @@ TARGETS: dict[str, Target] = {
     "dense_4h_to_h": Target("BTF,RF->BTR", {"b": "BTR,DR->BTD"}),
 }
 
+# Our parameter -> the target whose adapter changes it, and the name of its B.
+ADAPTED = {
+    "q": ("query_key_value", "q"),
+    "k": ("query_key_value", "k"),
+    "v": ("query_key_value", "v"),
+    "o": ("dense", "b"),
+    "gate_up": ("dense_h_to_4h", "b"),
+    "down": ("dense_4h_to_h", "b"),
+}
+
 GROUPS = {
     "attn": ("query_key_value",),
     "attn+mlp": ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),
@@ -51,7 +61,8 @@ class LoRA:
 
     # Target -> {"a": A, and one B for each part}, see `adapter_shapes`; float32, with a leading
     # axis of layers. It may also hold the float32 scalars "scale" and "kept", which replace `scale`
-    # and 1 - `dropout` so that one program serves all values, and "gate", see `join_adapters`.
+    # and 1 - `dropout` so that one program serves all values, "gate", see `join_adapters`, and the
+    # magnitudes or gains of `glm2_jax.dora`.
     layers: dict[str, dict[str, jax.Array]]
     # Target -> the factor of B (A x); a `FrozenDict`, as it is static under jit.
     scale: Mapping[str, float] = flax.struct.field(pytree_node=False)
@@ -118,8 +129,7 @@ def init_lora(
     """
     if rank < 1:
         raise UsageError(f"The rank must be at least 1, got {rank}.")
-    if not 0 <= dropout < 1:
-        raise UsageError(f"The dropout rate must be at least 0 and below 1, got {dropout:g}.")
+    check_dropout(dropout)
     names = find_targets(targets)
     layers, L = {}, config.num_layers
     for name, target_key in zip(names, jax.random.split(key, len(names)), strict=True):
@@ -130,6 +140,12 @@ def init_lora(
         layers[name] = weights | {"a": a}
     scale = scale_of(alpha, rank, rslora)
     return LoRA(layers, FrozenDict(dict.fromkeys(names, scale)), dropout)
+
+
+def check_dropout(rate: float) -> None:
+    """Raise UsageError for a dropout rate outside [0, 1)."""
+    if not 0 <= rate < 1:
+        raise UsageError(f"The dropout rate must be at least 0 and below 1, got {rate:g}.")
 
 
 def adapt(
@@ -168,6 +184,13 @@ def adapt(
     if "gate" in weights:
         low = (low * weights["gate"][:, None]).astype(x.dtype)
     return lambda part: scale * einsum(specs.up[part], low, weights[part].astype(x.dtype))
+
+
+def gains(lora: LoRA | None, target: str) -> Callable[[str], jax.Array | None]:
+    """Return a function from a part of a target to the factors of its rows, float32 [*rows], or
+    None; see `glm2_jax.dora`."""
+    weights = {} if lora is None else lora.layers.get(target, {})
+    return lambda part: weights.get(f"gain_{part}")
 
 
 def join_adapters(adapters: Sequence[LoRA]) -> LoRA:

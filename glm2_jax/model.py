@@ -30,11 +30,12 @@ from glm2_jax.context import TokenContext, token_context
 from glm2_jax.forms import using
 from glm2_jax.ideas import layers_of, run_blocks
 from glm2_jax.limits import MLP_ELEMENTS
-from glm2_jax.linear import biased, einsum, project
-from glm2_jax.lora import LoRA, adapt, layer_of
+from glm2_jax.linear import biased, einsum, project, scaled
+from glm2_jax.lora import LoRA, adapt, gains, layer_of
 from glm2_jax.mesh import active_mesh, constrain, pieces
 from glm2_jax.norms import ACTIVATIONS, norm
 from glm2_jax.parts import Part, parts_of
+from glm2_jax.prefix import Prefix
 from glm2_jax.quant import QTensor, dequantize
 from glm2_jax.rope import apply_rope
 
@@ -99,17 +100,18 @@ class GLMBlock(nn.Module):
             kept = (kept * block.residual_scale).astype(x.dtype)
         return constrain(kept + self.hidden_dropout(out), "B", None, None)
 
-    def _adapter_key(self, lora: LoRA | None) -> jax.Array | None:
-        """Make a key for an adapter's dropout, in training."""
-        drops = lora is not None and lora.dropout > 0 and not self.deterministic
+    def _dropout_key(self, adapter: LoRA | Prefix | None) -> jax.Array | None:
+        """Make a key for the dropout of an adapter or a prefix, in training."""
+        drops = adapter is not None and adapter.dropout > 0 and not self.deterministic
         return self.make_rng("dropout") if drops else None
 
     def _attention(self, x, k_cache, v_cache, layer, context: TokenContext, lora: LoRA | None):
-        added = adapt(lora, "query_key_value", x, self._adapter_key(lora))
+        added = adapt(lora, "query_key_value", x, self._dropout_key(lora))
         w = self.weights
-        q = project("BTD,NHD->BTNH", x, w["q"], w.get("q_bias"), added("q"))
-        k = project("BTD,KHD->BTKH", x, w["k"], w.get("k_bias"), added("k"))
-        v = project("BTD,KHD->BTKH", x, w["v"], w.get("v_bias"), added("v"))
+        gain = gains(lora, "query_key_value")
+        q = project("BTD,NHD->BTNH", x, w["q"], w.get("q_bias"), added("q"), gain("q"))
+        k = project("BTD,KHD->BTKH", x, w["k"], w.get("k_bias"), added("k"), gain("k"))
+        v = project("BTD,KHD->BTKH", x, w["v"], w.get("v_bias"), added("v"), gain("v"))
         if context.cos is not None and context.sin is not None:
             q = apply_rope(q, context.cos, context.sin)
             k = apply_rope(k, context.cos, context.sin)
@@ -118,14 +120,16 @@ class GLMBlock(nn.Module):
         drops = self.config.attention_dropout > 0 and not self.deterministic
         dropout = self.attention_dropout if drops else None
         caches, idea = (k_cache, v_cache), self.config.idea
-        x, k_cache, v_cache = attend_cached(idea, q, k, v, caches, layer, context, dropout)
+        drop = dropout, self._dropout_key(context.prefix)
+        x, k_cache, v_cache = attend_cached(idea, q, k, v, caches, layer, context, *drop)
         self.sow("intermediates", "o", x)  # kept only where it is asked for
-        added = adapt(lora, "dense", x, self._adapter_key(lora))
-        out = project("BTNH,DNH->BTD", x, w["o"], w.get("o_bias"), added("b"))
+        added = adapt(lora, "dense", x, self._dropout_key(lora))
+        gain = gains(lora, "dense")("b")
+        out = project("BTNH,DNH->BTD", x, w["o"], w.get("o_bias"), added("b"), gain)
         return out, k_cache, v_cache
 
     def _mlp(self, x: jax.Array, lora: LoRA | None) -> jax.Array:
-        w, key = self.weights, self._adapter_key(lora)
+        w, key = self.weights, self._dropout_key(lora)
         # The backward pass of training keeps its input alone, not what is computed on the way.
         activation = jax.checkpoint(ACTIVATIONS[self.config.block.mlp], prevent_cse=False)
 
@@ -134,10 +138,12 @@ class GLMBlock(nn.Module):
             drops = (key, *(number[0] for number in columns))
             added = adapt(lora, "dense_h_to_4h", x, *drops)
             both = einsum("BTD,CFD->BTCF", x, w["gate_up"], added("b"))
+            both = scaled(both, gains(lora, "dense_h_to_4h")("b"))
             both = constrain(biased(both, w.get("gate_up_bias")), "B", None, None, "F")
             hidden = activation(both).astype(x.dtype)
             added = adapt(lora, "dense_4h_to_h", hidden, *drops)
             out = einsum("BTF,DF->BTD", hidden, w["down"], added("b"))
+            out = scaled(out, gains(lora, "dense_4h_to_h")("b"))
             return biased(out, w.get("down_bias")).astype(x.dtype)
 
         B, C, F = x.shape[0], self.config.mlp_inputs, self.config.ffn_hidden_size

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 
 @flax.struct.dataclass
@@ -20,11 +21,30 @@ class Prefix:
 
     k: jax.Array  # [L, P, K, H]
     v: jax.Array  # [L, P, K, H]
+    # Rate at which its elements are dropped, differently in each row, if a dropout key is given.
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
 
     @property
     def length(self) -> int:
         """P, the number of its keys."""
         return self.k.shape[1]
+
+
+def of_layer(
+    prefix: Prefix, layer: jax.Array | int, rows: int, dtype: Any, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Return one layer's keys and values of a prefix for the rows of a batch, [rows, P, K, H] in a
+    dtype; a `key` drops elements of them."""
+    both = []
+    for number, array in enumerate((prefix.k, prefix.v)):
+        x = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False).astype(dtype)
+        x = jnp.broadcast_to(x, (rows, *x.shape))
+        if key is not None and prefix.dropout > 0:
+            share = 1 - prefix.dropout
+            kept = jax.random.bernoulli(jax.random.fold_in(key, number), share, x.shape)
+            x = jnp.where(kept, x / jnp.asarray(share, dtype), 0)
+        both.append(x)
+    return both[0], both[1]
 
 
 def with_prefix(params: Mapping[str, Any], prefix: Prefix) -> dict[str, Any]:

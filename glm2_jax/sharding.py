@@ -79,6 +79,8 @@ def lora_sharding(lora: LoRA, mesh: Mesh) -> LoRA:
     places: dict[str, Any] = {}
     for target, weights in lora.layers.items():
         axes = weight_axes(TARGETS[target])
+        rows = {part: letters.replace("R", "") for part, letters in axes.items()}
+        axes |= {kind + part: x for part, x in rows.items() for kind in ("magnitude_", "gain_")}
         places[target] = {
             part: NamedSharding(
                 mesh, partition("L" + axes.get(part, ".."), array.shape, mesh.shape)

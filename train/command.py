@@ -1,11 +1,13 @@
-"""What the commands `train.lora` and `train.full` share: flags and start. Imports no jax."""
+"""What the commands that train share: flags and start. Imports no jax."""
 
 import argparse
 import difflib
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from glm2_jax.choices import DEVICES, QUANTIZE
 from glm2_jax.cli.arguments import choose_platform, path_argument
@@ -23,7 +25,6 @@ from infer.memory.cards import CARDS, MESHES
 from train.data.options import DataOptions
 from train.options import (
     RATE,
-    AdapterOptions,
     EvaluationOptions,
     OutputOptions,
     TrainingOptions,
@@ -32,9 +33,24 @@ from train.recipe import Recipe, parse
 
 
 def make_parser(
-    prog: str, description: str, example: str, *, lr: float, output: str, adapter: bool
+    prog: str,
+    description: str,
+    example: str,
+    *,
+    output: str,
+    lr: float = 0.0,
+    adapter: tuple[str, type] | None = None,
+    preference: type | None = None,
+    changes: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> Parser:
-    """Return the parser of a command that trains an adapter, or all parameters."""
+    """Return the parser of a command that trains.
+
+    `adapter` is what it trains on a frozen base, a title and the class of its flags; None = all
+    parameters. `preference` is the class of the flags of a loss of pairs. `changes` are other
+    arguments of the flags of data, adapter, training and evaluation, see `add_flags`; without one
+    for it, `lr` is the default learning rate of a wide model.
+    """
+    others: Any = {"lr": {"help": RATE.format(lr)}, **changes}
     result = Parser(prog=prog, description=description, example=example)
     result.add_argument_group("recipe").add_argument(
         "--config", type=path_argument, metavar="FILE.yml",
@@ -42,14 +58,17 @@ def make_parser(
         "override it",
     )  # fmt: skip
     add_model_options(result)
-    add_flags(result, "data", DataOptions)
-    if adapter:
-        add_flags(result, "adapter", AdapterOptions).add_argument(
+    add_flags(result, "data", DataOptions, **others)
+    if adapter is not None:
+        title, options = adapter
+        add_flags(result, title, options, **others).add_argument(
             "--quantize-base", choices=QUANTIZE,
             help="quantize the frozen base to int8 or int4 (QLoRA); none = dequantize a quantized "
             "checkpoint (default: as stored)",
         )  # fmt: skip
-    add_flags(result, "training", TrainingOptions, lr={"help": RATE.format(lr)})
+    if preference is not None:
+        add_flags(result, "preference", preference)
+    add_flags(result, "training", TrainingOptions, **others)
     group = result.add_argument_group("performance")
     dtype = {
         "help": "compute in this dtype, one of %(choices)s; auto = bfloat16 on TPU and GPUs that "
@@ -63,7 +82,7 @@ def make_parser(
     add_flags(group, None, ModelChoice, ("dtype", "device"), dtype=dtype, device=device)
     add_mesh_options(group)
     add_flags(group, None, EngineOptions, ("compile_cache",))
-    add_flags(result, "evaluation", EvaluationOptions)
+    add_flags(result, "evaluation", EvaluationOptions, **others)
     add_flags(result, "output", OutputOptions, output={"default": output})
     join.add_host_options(result)
     result.add_argument_group("memory plan").add_argument(

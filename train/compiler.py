@@ -31,6 +31,7 @@ def ask(plan: Any, device: str) -> tuple[int | None, str]:
         "config": plan.config.to_fields(),
         "precision": dataclasses.asdict(plan.precision),
         "adapter": None if plan.adapter is None else dataclasses.asdict(plan.adapter),
+        "kind": type(plan.adapter).__name__,
         "topology": topology,
     }
     answer = compiler.run_apart(_MODULE, request)
@@ -61,8 +62,10 @@ def compile_step(plan: Any, device: Any) -> Any:
     layers = layers_to_train(device.platform, remat=plan.remat)
     stacked = plan.adapter is None or layers == "stacked"
     base, dtype = abstract_params(plan.config, plan.precision, stacked=stacked), None
+    effective = None
     if plan.adapter is not None:
         trained = abstract_adapter(plan.config, plan.adapter)
+        effective = partial(plan.adapter.effective, plan.config)
     else:
         base, trained = None, abstract_params(plan.config, Precision("float32"))
         dtype = jnp.dtype(plan.precision.dtype)
@@ -74,7 +77,8 @@ def compile_step(plan: Any, device: Any) -> Any:
     args = base, trained, state, batch, key, jax.ShapeDtypeStruct((), jnp.int32)
     place = jax.sharding.SingleDeviceSharding(device)
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
-    step = partial(train_step, plan.config, optimizer, dtype=dtype, remat=plan.remat)
+    form: dict[str, Any] = {"dtype": dtype, "remat": plan.remat, "effective": effective}
+    step = partial(train_step, plan.config, optimizer, **form)
     options: Any = compiler_options(device.platform)
     return jax.jit(step, donate_argnums=(1, 2), compiler_options=options).lower(*args).compile()
 
@@ -83,14 +87,14 @@ def main() -> None:
     """Answer the request on standard input: {"peak": bytes} or {"error": text}, as JSON."""
     import jax
 
-    from train.memory import NewAdapter, TrainingPlan
+    from train.memory import KINDS, TrainingPlan
 
     request = json.load(sys.stdin)
-    topology, adapter = request.pop("topology"), request.pop("adapter")
+    topology, adapter, kind = (request.pop(name) for name in ("topology", "adapter", "kind"))
     plan = TrainingPlan(
         config=GLMConfig.from_fields(request.pop("config")),
         precision=Precision(**request.pop("precision")),
-        adapter=None if adapter is None else NewAdapter(**adapter),
+        adapter=None if adapter is None else KINDS[kind](**adapter),
         **request,
     )
     absent = partial(compiler.absent_device, topology, plan.platform)

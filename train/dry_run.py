@@ -27,7 +27,7 @@ from infer.memory.precision import precisions
 from infer.memory.shares import Sizes, sizes_of
 from infer.startup import find_choice
 from train import compiler
-from train.data.dataset import longest_row
+from train.data.dataset import widest_row
 from train.defaults import MICRO_BATCHES
 from train.memory import TrainingPlan, adapter_of
 from train.recipe import Recipe
@@ -100,7 +100,7 @@ def _plans(
     asked = training.grad_checkpoint
     return [
         TrainingPlan(
-            config, precision, training.batch_size, longest_row(recipe.data, config), remat,
+            config, precision, training.batch_size, widest_row(recipe.data, config), remat,
             adapter_of(recipe), training.grad_accum or MICRO_BATCHES, budget.platform, mesh,
         )
         for precision in chosen
@@ -124,9 +124,7 @@ def _render(
 ) -> Iterator[str]:
     first = plans[0]
     memory = "memory unknown" if budget.memory is None else f"{human_size(budget.memory)} to use"
-    what = "all parameters"
-    if first.adapter is not None:
-        what = f"an adapter of rank {first.adapter.rank} on {first.adapter.target}"
+    what = "all parameters" if first.adapter is None else first.adapter
     where = budget.name
     if first.mesh is not None:
         where = f"each device of {mesh_text(dict(first.mesh))} ({budget.name})"

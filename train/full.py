@@ -22,7 +22,7 @@ EXAMPLE = f"{PROG} --data data.jsonl --model SMALL --output trained"
 
 def parser() -> Parser:
     """Return the parser of the command."""
-    return make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, output="trained", adapter=False)
+    return make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, output="trained")
 
 
 def make_recipe(args: argparse.Namespace) -> Recipe:

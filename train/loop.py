@@ -22,6 +22,9 @@ from train.stopping import Stopping
 
 _ROWS_SHOWN = 8
 _BAD_IN_A_ROW = 5  # steps after which leaving them out does not help
+# A run has diverged where its loss, averaged over about this many steps, has been so many times its
+# lowest, and so many nats above it, for that many steps.
+_AVERAGED, _TIMES, _NATS, _PATIENCE = 10, 4, 1.0, 20
 
 
 @dataclass
@@ -33,6 +36,9 @@ class Position:
     best_step: int = 0  # steps taken then
     waited: int = 0  # evaluations since
     skipped: int = 0  # steps that were skipped
+    average: float | None = None  # of the loss over the last steps
+    lowest: float | None = None  # the lowest such average
+    above: int = 0  # steps in a row that it is far above
     # name of a set, or "training" -> first and last [step, loss], None for a loss that is not
     # finite
     losses: dict[str, list[list[Any]]] = field(default_factory=dict)
@@ -61,6 +67,17 @@ class Position:
         """Keep a loss as the last of its set, and as the first if there is none yet."""
         found = [step, loss if math.isfinite(loss) else None]  # JSON has no NaN
         self.losses[name] = [self.losses.get(name, [found])[0], found]
+
+    def watch(self, loss: float) -> bool:
+        """Count the loss of a step; return whether the run has diverged."""
+        if not math.isfinite(loss):
+            return False
+        average = loss if self.average is None else self.average
+        self.average = average = average + (loss - average) / _AVERAGED
+        self.lowest = average if self.lowest is None else min(self.lowest, average)
+        far = average > max(_TIMES * self.lowest, self.lowest + _NATS)
+        self.above = self.above + 1 if far else 0
+        return self.above >= _PATIENCE
 
 
 @dataclass
@@ -93,8 +110,8 @@ class Loop:
         """Take the steps that are left, or those until a signal; return the state.
 
         The given state, after `position.step` steps, is used up; the position is moved forward.
-        InputError where loss or gradient is not finite, or the disk is full; the last checkpoint
-        stays.
+        InputError where loss or gradient is not finite, the loss diverges, or the disk is full; the
+        last checkpoint stays.
         """
         every, save_every = self.recipe.evaluation.eval_every, self.recipe.output.save_every
         patience = self.recipe.evaluation.early_stop or math.inf
@@ -116,7 +133,10 @@ class Loop:
                 self._read(position)
                 if due and self.evaluate is not None:
                     self._choose(state, position)
-                self.checkpoints.save(step, state, dataclasses.asdict(position))
+                # One that may be of a diverging run does not push out one from before.
+                doubtful = position.above and self.recipe.training.stop_diverged == "on"
+                if not doubtful or asked_to_stop or step == self.total:
+                    self.checkpoints.save(step, state, dataclasses.asdict(position))
             if asked_to_stop:
                 break
         self._read(position)
@@ -165,11 +185,24 @@ class Loop:
         rate = self.rate(step - 1 - position.skipped)
         position.skipped += int(metrics.skipped)
         figures = {"loss": metrics.loss, "lr": rate, "grad_norm": metrics.grad_norm}
+        figures |= metrics.figures or {}
         if position.skipped:
             figures["skipped"] = position.skipped
         figures = {name: float(value) for name, value in figures.items()}
         position.note_loss("training", step, figures["loss"])
         self.log.step(step, tokens, peak_bytes(self.device), **figures)
+        if position.watch(figures["loss"]) and self.recipe.training.stop_diverged == "on":
+            self._diverged(step, position)
+
+    def _diverged(self, step: int, position: Position) -> None:
+        raise InputError(
+            f"the training has diverged: its loss is {position.average:.4g} after step {step}, "
+            f"averaged over the last steps; the lowest was {position.lowest:.4g}",
+            f"It has been more than {_TIMES} times the lowest for {_PATIENCE} steps. The last "
+            "checkpoint is from before them.",
+            "Start again with a lower --lr and another --output, or continue: --resume auto "
+            "--stop-diverged off.",
+        )
 
     def _not_finite(self, step: int, rows: list[str]) -> None:
         shown = "; ".join(rows[:_ROWS_SHOWN]) + ("; ..." if len(rows) > _ROWS_SHOWN else "")

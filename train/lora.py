@@ -12,6 +12,7 @@ from train.options import NEW_ADAPTER, AdapterOptions
 from train.recipe import Recipe
 
 LR = 5e-5
+ADAPTER = ("adapter", AdapterOptions)
 PROG = "python -m train.lora"
 DESCRIPTION = """Fine-tunes a LoRA adapter.
 
@@ -19,8 +20,8 @@ At the end --output holds an adapter in the format of PEFT, for --adapter of inf
 infer.chat and infer.evaluate, and the checkpoints for --resume auto, which continues a stopped
 run with bit-identical results.
 
-Exit codes: 0 success, 2 usage, 3 bad data or non-finite loss, 4 model or checkpoint, 5 out of
-memory or device, 130 interrupted, 143 terminated (both after saving)."""
+Exit codes: 0 success, 2 usage, 3 bad data, or a loss that is not finite or diverges, 4 model or
+checkpoint, 5 out of memory or device, 130 interrupted, 143 terminated (both after saving)."""
 EXAMPLE = f"""{PROG} --data data.jsonl --model chatglm2-6b --output adapter
   {PROG} --data data.jsonl --model chatglm2-6b --output adapter --resume auto
   {PROG} --data data.jsonl --check-data"""
@@ -28,7 +29,7 @@ EXAMPLE = f"""{PROG} --data data.jsonl --model chatglm2-6b --output adapter
 
 def parser() -> Parser:
     """Return the parser of the command."""
-    return make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, output="adapter", adapter=True)
+    return make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, output="adapter", adapter=ADAPTER)
 
 
 def make_recipe(args: argparse.Namespace) -> Recipe:

@@ -17,18 +17,21 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
-from glm2_jax import GLMConfig, init_lora
+from convert.adapters.prefix import encode, init_encoder
+from glm2_jax import GLMConfig, LoRA, dora, init_lora
 from glm2_jax.limits import MLP_ELEMENTS, SCORES
+from glm2_jax.lora import TARGETS
 from glm2_jax.parts import TABLE, tables_of
+from glm2_jax.prefix import Prefix
 from glm2_jax.runtime.buckets import padded_batch
 from infer.memory import shares
 from infer.memory.plan import RUNTIME, weight_bytes
 from infer.memory.precision import Precision
 from infer.memory.shares import Sizes, abstract_params, total_bytes
 from train.data.batch import Batch
-from train.options import NEW_ADAPTER
+from train.options import NEW_ADAPTER, PrefixOptions
 from train.recipe import Recipe
-from train.step import LOGITS, loss_sum
+from train.step import LOGITS, combine, loss_sum
 
 _FLOAT32 = 4
 
@@ -40,15 +43,62 @@ class NewAdapter:
     rank: int
     target: str
     dropout: float
+    dora: bool = False
+
+    def __str__(self) -> str:
+        return f"an adapter of rank {self.rank} on {self.target}{' with DoRA' * self.dora}"
+
+    def init(self, config: GLMConfig, key: jax.Array) -> Any:
+        """Return the trained arrays."""
+        options: dict[str, Any] = {"targets": self.target, "dropout": self.dropout}
+        lora = init_lora(config, key, rank=self.rank, **options)
+        return dora.with_magnitudes(lora, _rows(lora)) if self.dora else lora
+
+    def effective(self, config: GLMConfig, trained: Any) -> LoRA | Prefix:
+        """Return what the trained arrays stand for, as far as their sizes go."""
+        return dora.with_gains(trained, _rows(trained)) if self.dora else trained
 
 
-def adapter_of(recipe: Recipe) -> NewAdapter | None:
-    """Return what the adapter of a recipe has, a new one where it starts from another."""
+@dataclass(frozen=True)
+class NewPrefix:
+    """What a prefix's size depends on; else as above."""
+
+    length: int
+    projection: bool
+    dropout: float
+
+    def __str__(self) -> str:
+        return f"a prefix of {self.length} tokens{' with a projection' * self.projection}"
+
+    def init(self, config: GLMConfig, key: jax.Array) -> Any:
+        return init_encoder(config, key, self.length, projection=self.projection)
+
+    def effective(self, config: GLMConfig, trained: Any) -> LoRA | Prefix:
+        return encode(config, trained, dropout=self.dropout)
+
+
+def _rows(lora: LoRA) -> dora.Rows:
+    """Return arrays of the shapes of `dora.norms`."""
+    return {
+        target: {part: weights[part][..., 0] for part in TARGETS[target].up}
+        for target, weights in lora.layers.items()
+    }
+
+
+Added = NewAdapter | NewPrefix
+KINDS: dict[str, type[Added]] = {kind.__name__: kind for kind in (NewAdapter, NewPrefix)}
+
+
+def adapter_of(recipe: Recipe) -> Added | None:
+    """Return what is trained on the frozen base of a recipe, a new adapter where it starts from
+    another."""
     options = recipe.adapter
     if options is None:
         return None
+    if isinstance(options, PrefixOptions):
+        return NewPrefix(options.pre_seq_len, options.prefix_projection, options.dropout)
     rank, target = options.rank or NEW_ADAPTER["rank"], options.target or NEW_ADAPTER["target"]
-    return NewAdapter(rank, target, options.dropout)
+    return NewAdapter(rank, target, options.dropout, bool(options.dora))
 
 
 @dataclass(frozen=True)
@@ -61,7 +111,7 @@ class TrainingPlan:
     batch: int  # rows of a micro-batch, on all devices together
     length: int  # tokens of each
     remat: bool  # whether the backward pass recomputes each block
-    adapter: NewAdapter | None  # None = all parameters are trained, stored in float32
+    adapter: Added | None  # None = all parameters are trained, stored in float32
     accumulate: int = 8  # micro-batches per step
     platform: str = "gpu"  # or "cpu", "tpu"
     mesh: Sizes | None = None  # None = one device
@@ -147,38 +197,39 @@ class TrainingPlan:
 
 
 @lru_cache
-def _adapter_size(config: GLMConfig, adapter: NewAdapter) -> int:
-    return abstract_adapter(config, adapter).num_params
+def _adapter_size(config: GLMConfig, adapter: Added) -> int:
+    return sum(x.size for x in jax.tree.leaves(abstract_adapter(config, adapter)))
 
 
-def abstract_adapter(config: GLMConfig, adapter: NewAdapter) -> Any:
-    """Return an adapter as shapes."""
-    make = partial(init_lora, config, rank=adapter.rank, targets=adapter.target)
-    return jax.eval_shape(partial(make, dropout=adapter.dropout), jax.random.key(0))
+def abstract_adapter(config: GLMConfig, adapter: Added) -> Any:
+    """Return the trained arrays of an adapter or a prefix as shapes."""
+    return jax.eval_shape(partial(adapter.init, config), jax.random.key(0))
 
 
 @lru_cache
 def kept_bytes(
-    config: GLMConfig, dtype: str, adapter: NewAdapter | None, rows: int, length: int, remat: bool
+    config: GLMConfig, dtype: str, adapter: Added | None, rows: int, length: int, remat: bool
 ) -> int:
     """Return the bytes of what the forward pass of a micro-batch keeps for its backward pass,
     besides the parameters."""
     params = abstract_params(config, Precision(dtype))
-    lora = None if adapter is None else abstract_adapter(config, adapter)
+    added = None if adapter is None else abstract_adapter(config, adapter)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     batch = Batch(tokens, tokens, tokens, jax.ShapeDtypeStruct((rows, length), jnp.bool_))
     drops = max(config.attention_dropout, config.hidden_dropout, adapter.dropout if adapter else 0)
 
-    def forward(params: Any, lora: Any, batch: Batch, key: jax.Array) -> Any:
+    def forward(params: Any, added: Any, batch: Batch, key: jax.Array) -> Any:
         def loss(trained: Any) -> jax.Array:
-            given = (trained, None) if lora is None else (params, trained)
+            given = trained, None
+            if adapter is not None:
+                given = combine(params, adapter.effective(config, trained))
             key_or_none = key if drops > 0 else None
             return loss_sum(config, *given, batch, dropout_key=key_or_none, remat=remat)[0]
 
-        return jax.vjp(loss, params if lora is None else lora)[1]
+        return jax.vjp(loss, params if added is None else added)[1]
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    traced = jax.make_jaxpr(forward)(params, lora, batch, key).jaxpr
+    traced = jax.make_jaxpr(forward)(params, added, batch, key).jaxpr
     kept = {x for x in traced.outvars if isinstance(x, Var)} - set(traced.invars)
     avals: list[Any] = [x.aval for x in kept]
     found = sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals)

@@ -1,10 +1,11 @@
-"""What is trained: an adapter of a frozen base, or all parameters."""
+"""What is trained: an adapter or a prefix of a frozen base, or all parameters."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,24 @@ import numpy as np
 
 from convert import Checkpoint, load_checkpoint
 from convert.adapters.adapter import Adapter, open_adapter, save_adapter
-from convert.adapters.tensors import layouts_of
+from convert.adapters.layouts import layouts_of
+from convert.adapters.prefix import encode, init_encoder, save_prefix
 from convert.loading.folder import Folder
 from convert.writing.own import save_checkpoint
 from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.dora import norms, with_magnitudes, with_own_gains
 from glm2_jax.errors import UsageError
-from glm2_jax.lora import LoRA, find_targets, init_lora
+from glm2_jax.lora import LoRA, check_dropout, find_targets, init_lora
+from glm2_jax.prefix import Prefix
 from glm2_jax.processes import join
 from glm2_jax.runtime.dtypes import resolve_dtype
 from glm2_jax.runtime.gather import gathered
-from glm2_jax.sharding import lora_sharding
+from glm2_jax.sharding import lora_sharding, replicated
 from train.devices import Devices, layers_to_train
-from train.recipe import AdapterOptions, Recipe
+from train.options import AdapterOptions, PrefixOptions
+from train.recipe import Recipe
 from train.run_folder.folder import MODEL
+from train.step import combine
 
 Progress = Callable[[int, int], None]
 
@@ -38,8 +44,8 @@ class Method(ABC):
     trained: Any  # the trained arrays before the first step, float32
     dtype: np.dtype | None  # that all parameters are computed in; None = their own
     computed: np.dtype  # dtype of the activations
-    # makes the adapter from the trained arrays; None = they are the adapter
-    effective: Callable[[LoRA], LoRA] | None = None
+    # makes the adapter or the prefix from the trained arrays; None = they are the adapter
+    effective: Callable[[Any], LoRA | Prefix] | None = None
 
     @property
     def num_trained(self) -> int:
@@ -56,25 +62,38 @@ class Method(ABC):
         writes."""
 
 
-class AdapterMethod(Method):
-    """Trains an adapter of a frozen base, which may be quantized.
+class FrozenMethod(Method):
+    """Trains something on a frozen base, which may be quantized."""
+
+    def _freeze(self, checkpoint: Checkpoint) -> None:
+        self.base, self.dtype = checkpoint.params, None
+        self.computed = self.base["final_norm"].dtype
+
+    def model(self, trained: Any) -> tuple[Any, LoRA | None]:
+        adapter = trained if self.effective is None else self.effective(trained)
+        if isinstance(adapter, LoRA):
+            adapter = with_own_gains(self.base, adapter)
+        return combine(self.base, adapter)
+
+
+class AdapterMethod(FrozenMethod):
+    """Trains an adapter.
 
     Raises UsageError for flags that contradict the adapter, CheckpointError where the base or the
     first adapter cannot be opened, or they do not fit.
     """
 
     def __init__(self, folder: Folder, recipe: Recipe, devices: Devices, progress: Progress):
-        adapter = _first_adapter(folder, recipe)
-        remat = recipe.training.grad_checkpoint
-        layers = layers_to_train(
-            devices.first.platform, on_mesh=devices.mesh is not None, remat=bool(remat)
-        )
-        choice = dataclasses.replace(recipe.choice, layers=layers)
-        checkpoint = _load(folder, choice, devices, progress)
-        self.base, self.dtype = checkpoint.params, None
-        self.computed = self.base["embed"].dtype
-        places = None if devices.mesh is None else lora_sharding(adapter.lora, devices.mesh)
-        self.trained = devices.put(adapter.lora, places)
+        assert isinstance(recipe.adapter, AdapterOptions)
+        adapter = _first_adapter(folder, recipe, recipe.adapter)
+        checkpoint = _load_frozen(folder, recipe, devices, progress)
+        self._freeze(checkpoint)
+        self.trained = _placed(adapter.lora, devices)
+        if recipe.adapter.dora and not adapter.dora:
+            with devices.active():
+                rows = jax.jit(norms)(self.base, self.trained)
+            rows = jax.tree.map(gathered, rows)
+            self.trained = _placed(with_magnitudes(adapter.lora, rows), devices)
         self._adapter = dataclasses.replace(
             adapter, base=checkpoint.fingerprint, template=checkpoint.template
         )
@@ -88,13 +107,43 @@ class AdapterMethod(Method):
         shape = self._adapter.shape
         return super().num_trained if shape is None else shape.num_params(self.trained)
 
-    def model(self, trained: Any) -> tuple[Any, LoRA | None]:
-        return self.base, trained if self.effective is None else self.effective(trained)
-
     def write(self, folder: Path, trained: Any) -> Path:
         lora = jax.tree.map(gathered, trained)
         if join.is_first():
             save_adapter(folder, dataclasses.replace(self._adapter, lora=lora))
+        return folder
+
+
+class PrefixMethod(FrozenMethod):
+    """Trains a P-Tuning v2 prefix.
+
+    Raises UsageError for a prefix that is longer than the context, or a dropout rate that is none.
+    """
+
+    def __init__(self, folder: Folder, recipe: Recipe, devices: Devices, progress: Progress):
+        options, config = recipe.adapter, folder.config
+        assert isinstance(options, PrefixOptions)
+        if options.pre_seq_len > config.seq_length:
+            raise UsageError(
+                f"--pre-seq-len must be at most {config.seq_length}, got {options.pre_seq_len}.",
+                "That is the context of the model.",
+            )
+        check_dropout(options.dropout)
+        key = jax.random.key(recipe.training.seed)
+        new = init_encoder(config, key, options.pre_seq_len, projection=options.prefix_projection)
+        checkpoint = _load_frozen(folder, recipe, devices, progress)
+        self._freeze(checkpoint)
+        mesh = devices.mesh
+        places = None if mesh is None else jax.tree.map(lambda _: replicated(mesh), new)
+        self.trained = devices.put(new, places)
+        self.effective = jax.jit(partial(encode, config, dropout=options.dropout))
+        params, _ = self.model(self.trained)
+        self.checkpoint = dataclasses.replace(checkpoint, params=params)
+
+    def write(self, folder: Path, trained: Any) -> Path:
+        encoder = jax.tree.map(gathered, trained)
+        if join.is_first():
+            save_prefix(folder, self.checkpoint.config, encoder)
         return folder
 
 
@@ -122,6 +171,20 @@ class FullMethod(Method):
         return result
 
 
+def _placed(lora: LoRA, devices: Devices) -> LoRA:
+    places = None if devices.mesh is None else lora_sharding(lora, devices.mesh)
+    return devices.put(lora, places)
+
+
+def _load_frozen(
+    folder: Folder, recipe: Recipe, devices: Devices, progress: Progress
+) -> Checkpoint:
+    """Load a base that is not trained, its layers in the form that trains faster."""
+    remat, mesh = bool(recipe.training.grad_checkpoint), devices.mesh
+    layers = layers_to_train(devices.first.platform, on_mesh=mesh is not None, remat=remat)
+    return _load(folder, dataclasses.replace(recipe.choice, layers=layers), devices, progress)
+
+
 def _load(folder: Folder, choice: ModelChoice, devices: Devices, progress: Progress) -> Checkpoint:
     return load_checkpoint(
         folder.path,
@@ -135,10 +198,8 @@ def _load(folder: Folder, choice: ModelChoice, devices: Devices, progress: Progr
     )
 
 
-def _first_adapter(folder: Folder, recipe: Recipe) -> Adapter:
+def _first_adapter(folder: Folder, recipe: Recipe, options: AdapterOptions) -> Adapter:
     """Return a new adapter, or the one to start from."""
-    options = recipe.adapter
-    assert options is not None
     if options.init_adapter is None:
         new: dict[str, Any] = {
             "rank": options.rank, "alpha": options.alpha, "targets": options.target,
@@ -172,9 +233,12 @@ def _refuse_contradictions(found: Adapter, options: AdapterOptions, num_layers: 
             wrong.append(f"--target {options.target} (it has {names} in {layers} layers)")
     if options.rslora and not found.rslora:
         wrong.append("--rslora (it has none)")
+    if options.dora and not found.dora:
+        wrong.append("--dora (it has none)")
     if wrong:
         raise UsageError(
             f"{options.init_adapter} contradicts {'; '.join(wrong)}.",
-            "An adapter keeps its rank, alpha, matrices and rsLoRA when it is trained further.",
+            "An adapter keeps its rank, alpha, matrices, rsLoRA and DoRA when it is trained "
+            "further.",
             "Leave these flags out, or leave out --init-adapter to train a new adapter.",
         )

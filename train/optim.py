@@ -57,19 +57,38 @@ def make_schedule(name: str, *, lr: float, steps: int, warmup: float = 0.0) -> S
 
 
 def make_optimizer(
-    schedule: optax.ScalarOrSchedule, *, clip: Any = 1.0, weight_decay: Any = 0.0
+    schedule: optax.ScalarOrSchedule,
+    *,
+    clip: Any = 1.0,
+    weight_decay: Any = 0.0,
+    ratio: Any = None,
 ) -> optax.GradientTransformation:
     """Make AdamW with decoupled weight decay of matrices (norms and biases have none), betas 0.9
-    and 0.999, epsilon 1e-8; `clip` is the largest global norm of the gradient, 0 or None = off."""
+    and 0.999, epsilon 1e-8; `clip` is the largest global norm of the gradient, 0 or None = off.
+
+    `ratio` multiplies the learning rate of all of an adapter but A (LoRA+, arXiv 2402.12354).
+    """
     mask = partial(jax.tree_util.tree_map_with_path, _decays)
-    adamw = optax.adamw(schedule, 0.9, 0.999, 1e-8, weight_decay=weight_decay, mask=mask)
-    if clip is None or (isinstance(clip, int | float) and clip == 0):  # a tracer cannot be compared
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(clip), adamw)
+    steps: list[Any] = [
+        optax.adamw(schedule, 0.9, 0.999, 1e-8, weight_decay=weight_decay, mask=mask)
+    ]
+    # A tracer cannot be compared.
+    if not (clip is None or (isinstance(clip, int | float) and clip == 0)):
+        steps.insert(0, optax.clip_by_global_norm(clip))
+    if ratio is not None:
+        steps.append(optax.stateless(partial(_faster, ratio)))
+    return optax.chain(*steps) if steps[1:] else steps[0]
 
 
 def _decays(path: tuple[Any, ...], _: Any) -> bool:
     return not jax.tree_util.keystr(path[-1:]).strip("[]'.").endswith(("norm", "bias"))
+
+
+def _faster(ratio: Any, updates: Any, _: Any) -> Any:
+    """Multiply the updates of all arrays but "a" by the ratio."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x if path[-1].key == "a" else ratio * x, updates
+    )
 
 
 @flax.struct.dataclass
@@ -79,6 +98,7 @@ class Numbers:
     schedule: Schedule
     weight_decay: Any  # see `make_optimizer`
     clip: Any  # see `make_optimizer`; None (no scalar: another program) = no clipping
+    ratio: Any  # see `make_optimizer`
     noise: Any  # strength of noise on the embeddings (NEFTune, arXiv 2310.05914); None = no noise
     scale: Any  # target -> scale of the adapter that is trained; None without an adapter
     kept: Any  # the share of its inputs that dropout keeps; None without dropout
@@ -92,6 +112,7 @@ class Numbers:
         weight_decay: float,
         clip: float,
         noise: float,
+        ratio: float | None = None,
     ) -> Numbers:
         """Make the numbers of an adapter and of flags, where 0 turns `clip` and `noise` off."""
         dropout = 0 if lora is None else lora.dropout
@@ -99,6 +120,7 @@ class Numbers:
             schedule,
             np.float32(weight_decay),
             np.float32(clip) if clip else None,
+            None if ratio is None else np.float32(ratio),
             np.float32(noise) if noise else None,
             None if lora is None else {name: np.float32(x) for name, x in lora.scale.items()},
             np.float32(1 - dropout) if dropout else None,
@@ -106,10 +128,14 @@ class Numbers:
 
     def optimizer(self) -> optax.GradientTransformation:
         """Return the optimizer with these numbers."""
-        return make_optimizer(self.schedule, clip=self.clip, weight_decay=self.weight_decay)
+        options = {"clip": self.clip, "weight_decay": self.weight_decay, "ratio": self.ratio}
+        return make_optimizer(self.schedule, **options)
 
-    def put_into(self, lora: LoRA) -> LoRA:
-        """Return the adapter with `scale` and `kept` among its arrays, one for each layer."""
+    def put_into(self, lora: Any) -> Any:
+        """Return an adapter with `scale` and `kept` among its arrays, one for each layer; what is
+        not a LoRA stays as it is."""
+        if not isinstance(lora, LoRA):
+            return lora
         layers = {}
         for target, weights in lora.layers.items():
             numbers = {"scale": self.scale[target], "kept": self.kept}

@@ -1,4 +1,4 @@
-"""Flags of `train.lora` and `train.full`, except those of the data. Imports no jax."""
+"""Flags of the commands that train, except those of the data. Imports no jax."""
 
 from __future__ import annotations
 
@@ -48,9 +48,16 @@ class AdapterOptions:
     rslora: bool | None = flag(
         "rsLoRA: scale by alpha / sqrt(rank)", action="store_const", const=True
     )
+    dora: bool | None = flag(
+        "DoRA: also train the length of every row of the matrices", action="store_const", const=True
+    )
+    lora_plus_ratio: float | None = _above_zero(
+        "LoRA+: the learning rate of B, and of DoRA's lengths, is this many times that of A "
+        "(default: 1)"
+    )
     init_adapter: str | None = flag(
-        "continue from this adapter, with its rank, alpha, matrices and rsLoRA; other values of "
-        "these flags are refused",
+        "continue from this adapter, with its rank, alpha, matrices, rsLoRA and DoRA; other "
+        "values of these flags are refused",
         type=path_argument, metavar="DIR",
     )  # fmt: skip
     force_adapter: bool = flag(
@@ -60,6 +67,33 @@ class AdapterOptions:
 
 
 NEW_ADAPTER: dict[str, Any] = {"rank": 8, "alpha": 32, "target": "attn", "rslora": False}
+
+
+@dataclass(frozen=True)
+class PrefixOptions:
+    """The P-Tuning v2 prefix, by the names of the official training."""
+
+    pre_seq_len: int = _count("prefix tokens", default=128)
+    prefix_projection: bool = flag(
+        "compute the prefix by two linear layers with a tanh between them, which are trained, too",
+        action="store_true",
+    )
+    dropout: float = _number("dropout of the prefix's keys and values", default=0.1)
+
+
+@dataclass(frozen=True)
+class PreferenceOptions:
+    """What is learned from pairs of answers."""
+
+    loss: str = flag(
+        "dpo = compared with the model without the adapter; orpo = by the odds of both answers, "
+        "together with the loss of the chosen one",
+        choices=("dpo", "orpo"), default="dpo",
+    )  # fmt: skip
+    beta: float = _above_zero(
+        "strength of the preference: the factor of DPO's margin, or of ORPO's odds ratio loss",
+        default=0.1,
+    )
 
 
 @dataclass(frozen=True)
@@ -90,6 +124,10 @@ class TrainingOptions:
     nan_policy: str = flag(
         "if loss or gradient is NaN or infinite: abort the run, or skip the step",
         choices=NAN_POLICIES, default="abort",
+    )  # fmt: skip
+    stop_diverged: str = flag(
+        "stop a run whose loss stays far above its lowest, with exit code 3",
+        choices=("on", "off"), default="on",
     )  # fmt: skip
     grad_checkpoint: bool | None = flag(
         "gradient checkpointing: recompute activations in the backward pass to save memory "

@@ -21,7 +21,14 @@ from glm2_jax.cli.parser import Parser
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError, UsageError, shorten
 from train.data.options import DataOptions
-from train.options import AdapterOptions, EvaluationOptions, OutputOptions, TrainingOptions
+from train.options import (
+    AdapterOptions,
+    EvaluationOptions,
+    OutputOptions,
+    PreferenceOptions,
+    PrefixOptions,
+    TrainingOptions,
+)
 
 _LONGEST = 100_000  # characters; PyYAML takes seconds for that many
 _NOT_SETTINGS = (
@@ -34,7 +41,7 @@ _NO_EFFECT = {
     "model", "source", "revision", "data", "max-bad", "mix-data", "check-data", "print-sample",
     "val-data", "guard-data", "sample-prompts", "output", "checkpoints", "resume", "save-every",
     "keep", "log-every", "log-jsonl", "plot", "device", "mesh", "tp", "compile-cache",
-    "data-cache", "init-adapter", "force-adapter",
+    "data-cache", "init-adapter", "force-adapter", "stop-diverged",
 }  # fmt: skip
 
 
@@ -46,13 +53,15 @@ class Recipe:
     default_lr: float  # learning rate for a wide model, where none is given
     choice: ModelChoice  # the base model, its dtype, and the devices
     data: DataOptions  # the rows to learn from
-    adapter: AdapterOptions | None  # None = train all parameters
+    # what is trained on a frozen base; None = train all parameters
+    adapter: AdapterOptions | PrefixOptions | None
     # Numbers of it that depend on data and model may be None, see `train.defaults.choose`.
     training: TrainingOptions
     evaluation: EvaluationOptions
     output: OutputOptions
     # folder of compiled programs, or "off"; None = in the user's cache folder
     compile_cache: str | None
+    preference: PreferenceOptions | None = None  # None = the loss of the answers
 
     def settings(self) -> dict[str, Any]:
         """Return all settings by the names of their flags: a file of them repeats the run."""
@@ -61,7 +70,8 @@ class Recipe:
             "model": choice.path, "source": choice.source, "revision": choice.revision,
             "rope-scaling": choice.rope_kind, "template": choice.template,
             "family": choice.family, "quantize-base": choice.quantize, **vars(self.data),
-            **(vars(self.adapter) if self.adapter else {}), **vars(self.training),
+            **(vars(self.adapter) if self.adapter else {}),
+            **(vars(self.preference) if self.preference else {}), **vars(self.training),
             "dtype": choice.dtype, "device": choice.device, "mesh": choice.mesh,
             "compile-cache": self.compile_cache, **vars(self.evaluation), **vars(self.output),
         }  # fmt: skip
@@ -96,7 +106,9 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
             raise UsageError(what, f"Known: {names}.")
         if action.dest in words:
             raise UsageError(f"{config}: {name} is given twice.")
-        words[action.dest] = [] if action.dest in given else _words(action, name, value, config)
+        # A default says nothing, but would exclude the other flag of a group.
+        said = action.dest not in given and value != str(action.default)
+        words[action.dest] = _words(action, name, value, config) if said else []
     return parser.parse_args([*sum(words.values(), []), *argv])
 
 

@@ -1,4 +1,4 @@
-"""One run of `train.lora` or `train.full` from its recipe: data, model, loop, result."""
+"""One run of a command that trains, from its recipe: data, model, loop, result."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from glm2_jax.cli.arguments import check_plot
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError, UsageError
+from glm2_jax.lora import LoRA
 from glm2_jax.processes import join
 from glm2_jax.runtime.compile_cache import enable_compile_cache
 from glm2_jax.runtime.devices import device_errors, find_device, find_mesh
@@ -35,6 +36,7 @@ from train.loop import Loop, Position
 from train.methods import Method
 from train.optim import Numbers, make_schedule
 from train.options import TrainingOptions
+from train.preferences import preference
 from train.recipe import Recipe
 from train.remat import choose_remat
 from train.run_folder.checkpoints import Checkpoints
@@ -124,7 +126,7 @@ def _plan(
         Batches,
         learned,
         batch_size=rows,
-        pack=recipe.data.pack,
+        pack=recipe.data.packs,
         shuffle=not recipe.data.no_shuffle,
         seed=recipe.training.seed,
         rows=devices.rows(rows),
@@ -153,9 +155,10 @@ def count_steps(training: TrainingOptions, batches: Batches) -> int:
 def _identity(recipe: Recipe, folder: Folder, dataset: Dataset, sets: Sets) -> dict[str, Any]:
     """Return everything that the result depends on, for the check of a resumed run."""
     found = recipe.identity() | {"base": fingerprint(folder), "template": folder.template}
-    if recipe.adapter is not None and recipe.adapter.init_adapter is not None:
+    start = getattr(recipe.adapter, "init_adapter", None)
+    if start is not None:
         digest = hashlib.sha256()
-        for path in sorted(Path(recipe.adapter.init_adapter).glob("*adapter*")):
+        for path in sorted(Path(start).glob("*adapter*")):
             if path.is_file():
                 digest.update(path.read_bytes())
         found["--init-adapter"] = digest.hexdigest()[:16]
@@ -181,11 +184,15 @@ def _train(
     """Take the steps and write the result; return the exit code."""
     output, training = recipe.output, recipe.training
     prompts = _read_prompts(recipe.evaluation.sample_prompts)
-    numbers = _numbers(training, method, total)
+    ratio = getattr(recipe.adapter, "lora_plus_ratio", None)
+    numbers = _numbers(training, method, total, ratio)
     scaled = str(method.computed) == "float16"
     state = devices.state(numbers.optimizer(), method.trained, loss_scaling=scaled)
     state = method.trained, state
-    evaluate = make_evaluation(method, sets, prompts, training.batch_size, devices)
+    objective: dict[str, Any] = {}
+    if (asked := recipe.preference) is not None:
+        objective["objective"] = preference(asked.loss, asked.beta)
+    evaluate = make_evaluation(method, sets, prompts, training.batch_size, devices, **objective)
     note(
         f"{len(batches.dataset)} sequences, {total} steps; training {method.num_trained:,} of "
         f"{method.checkpoint.summary.num_params:,} parameters, computing in {method.computed}"
@@ -208,7 +215,7 @@ def _train(
             cut_log(log_path, position.step)
         log = Log(total, every=output.log_every, path=log_path, taken=position.step)
         log = stack.enter_context(log)
-        step = _compiling_step(recipe, method, devices, numbers, log, state)
+        step = _compiling_step(recipe, method, devices, numbers, log, state, **objective)
         loop = Loop(
             recipe, total, step, evaluate, lambda updates: float(numbers.schedule(updates)),
             devices.first, batches, log, stopping, checkpoints, best,
@@ -229,14 +236,15 @@ def _train(
     return 0
 
 
-def _numbers(training: TrainingOptions, method: Method, total: int) -> Numbers:
+def _numbers(training: TrainingOptions, method: Method, total: int, ratio: float | None) -> Numbers:
     assert training.lr is not None
     return Numbers.of(
         make_schedule(training.schedule, lr=training.lr, steps=total, warmup=training.warmup),
-        None if method.base is None else method.model(method.trained)[1],
+        method.trained if isinstance(method.trained, LoRA) else None,
         weight_decay=training.weight_decay,
         clip=training.clip,
         noise=training.neftune,
+        ratio=ratio,
     )
 
 
@@ -251,8 +259,9 @@ def _read_prompts(path: str | None) -> list[str]:
 
 
 def _compiling_step(
-    recipe: Recipe, method: Method, devices: Devices, numbers: Numbers, log: Log, state: Any
-) -> Callable[[Any, Any, int], Any]:
+    recipe: Recipe, method: Method, devices: Devices, numbers: Numbers, log: Log, state: Any,
+    **objective: Any,
+) -> Callable[[Any, Any, int], Any]:  # fmt: skip
     """Return the step, which reports when it compiles for a new shape of a batch."""
     step = make_step(
         with_attention(method.checkpoint.config, recipe.training.attention),
@@ -260,6 +269,7 @@ def _compiling_step(
         remat=bool(recipe.training.grad_checkpoint),
         effective=method.effective,
         out_shardings=devices.shardings(*state),
+        **objective,
     )
     compiled: dict[tuple[int, ...], Any] = {}
     key = devices.key(recipe.training.seed)

@@ -5,6 +5,7 @@ Axis letters as in `glm2_jax.model`; A is the number of micro-batches.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from glm2_jax import GLMConfig, LoRA, compiler_options
+from glm2_jax import GLMConfig, LoRA, compiler_options, dora
 from glm2_jax.chunked import join_blocks, split_blocks
 from glm2_jax.model import hidden, logits_of
 from glm2_jax.parts import parts_of, tables_of
+from glm2_jax.prefix import Prefix, with_prefix
 from train.data.batch import Batch
 from train.optim import Numbers
 
@@ -55,14 +57,15 @@ class State:
 class Metrics(NamedTuple):
     """The figures of a step."""
 
-    loss: jax.Array  # float32, mean over the learned tokens of all A micro-batches
+    loss: jax.Array  # float32, mean over the learned tokens (or pairs) of all A micro-batches
     grad_norm: jax.Array  # float32, global norm of the gradient before clipping
-    learned_tokens: jax.Array  # int32
+    learned_tokens: jax.Array  # int32; what the loss is a mean over
     # False where loss or gradient is NaN or infinite and no smaller loss scale can help
     finite: jax.Array
     # whether the step left parameters and optimizer unchanged: `finite` is False, or the gradient
     # overflowed float16, which a smaller loss scale will cure
     skipped: jax.Array
+    figures: Any = None  # name -> float32, means of further figures of the objective
 
 
 def loss_sum(
@@ -83,18 +86,32 @@ def loss_sum(
     no position before it and must not be learned. Logits exist for a few positions at a time, once:
     their gradient is taken with the loss.
     """
-    # With blanks the model finds the positions in the tokens.
-    given = None if config.block.bidirectional else batch.positions
     x = hidden(
-        config, params, batch.tokens, positions=given, segment_ids=batch.segment_ids,
-        lora=lora, dropout_key=dropout_key, noise=noise, remat=remat,
+        config, params, batch.tokens, positions=positions_of(config, batch),
+        segment_ids=batch.segment_ids, lora=lora, dropout_key=dropout_key, noise=noise, remat=remat,
     )  # fmt: skip
-    # [B, T]: what follows at each position; zero (or False) at the end.
-    targets, learned = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.learned))
-    top = {part.name: params[part.name] for part in parts_of(config) if not part.in_layers}
-    top |= {name: jax.lax.stop_gradient(top[name]) for name in tables_of(config)}
-    total: Any = _cross_entropy(config, top, x, targets, learned, jnp.float32(scale))
+    targets, learned = learned_targets(batch)
+    top, scale = top_of(config, params), jnp.float32(scale)
+    total: Any = _cross_entropy(config, top, x, targets, learned, scale)
     return total, jnp.sum(learned, dtype=jnp.int32)
+
+
+def positions_of(config: GLMConfig, batch: Batch) -> jax.Array | None:
+    """Return the positions to give to the model, which with blanks finds them in the tokens."""
+    return None if config.block.bidirectional else batch.positions
+
+
+def learned_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Return what follows at each position, and whether it is learned, [B, T]; zero and False at
+    the end."""
+    targets, learned = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.learned))
+    return targets, learned
+
+
+def top_of(config: GLMConfig, params: Any) -> dict[str, Any]:
+    """Return the parameters that belong to no layer, for `logits_of`."""
+    top = {part.name: params[part.name] for part in parts_of(config) if not part.in_layers}
+    return top | {name: jax.lax.stop_gradient(top[name]) for name in tables_of(config)}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -112,7 +129,7 @@ def _cross_entropy(
     def add(total: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         return total + _of_block(config, top, block, scale), None
 
-    blocks = split_blocks(_positions(config, x), x, targets, learned)
+    blocks = split_blocks(positions_at_once(config, x), x, targets, learned)
     return jax.lax.scan(add, jnp.float32(0), blocks)[0]
 
 
@@ -134,7 +151,7 @@ def _cross_entropy_forward(config: GLMConfig, top: Any, *arrays: Any) -> tuple[j
         return jax.tree.map(jnp.add, total, (found, to_trained)), to_x
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), trained))
-    blocks = split_blocks(_positions(config, x), x, targets, learned)
+    blocks = split_blocks(positions_at_once(config, x), x, targets, learned)
     (total, to_trained), to_x = jax.lax.scan(add, zeros, blocks)
     return total, ({name: to_trained.get(name) for name in top}, join_blocks(to_x, x.shape[1]))
 
@@ -155,15 +172,41 @@ def _of_block(
     return scale * jnp.sum(each, where=learned)
 
 
-def _positions(config: GLMConfig, x: jax.Array) -> int:
+def positions_at_once(config: GLMConfig, x: jax.Array) -> int:
     """Return how many positions of [B, T, D] have their logits in memory at a time."""
     return max(1, LOGITS // (x.shape[0] * config.vocab_size))
 
 
-def make_eval(config: GLMConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Compile (params, adapter or None, batch [B, T]) -> `loss_sum` without dropout."""
-    options = compiler_options(jax.default_backend())
-    return jax.jit(partial(loss_sum, config), compiler_options=options)
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a run lowers: a mean over something that is counted."""
+
+    # (config, params, adapter or None, batch, the options of `loss_sum`) -> the sum times `scale`,
+    # and figures that are summed likewise, without it
+    total: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+    count: Callable[[Batch], jax.Array]  # batch [..., T] -> int32
+    figures: tuple[str, ...] = ()  # their names
+
+
+def _of_answers(*args: Any, **options: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return loss_sum(*args, **options)[0], {}
+
+
+CROSS_ENTROPY = Objective(
+    _of_answers, lambda batch: jnp.sum(batch.learned[..., 1:], dtype=jnp.int32)
+)
+
+
+def make_eval(
+    config: GLMConfig, objective: Objective = CROSS_ENTROPY
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Compile (params, adapter or None, batch [B, T]) -> the sum of an objective without dropout,
+    and its count."""
+
+    def evaluate(params: Any, lora: LoRA | None, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return objective.total(config, params, lora, batch, scale=1.0)[0], objective.count(batch)
+
+    return jax.jit(evaluate, compiler_options=compiler_options(jax.default_backend()))
 
 
 def init_state(
@@ -207,7 +250,8 @@ def train_step(
     *,
     dtype: Any = None,
     remat: bool = True,
-    effective: Callable[[LoRA], LoRA] | None = None,
+    effective: Callable[[Any], LoRA | Prefix] | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> tuple[Any, State, Metrics]:
     """Take one optimizer step; return the new `trained`, the next state, and figures for the log.
     Where loss or gradient is not finite, only the loss scale and the count of such steps change.
@@ -218,42 +262,75 @@ def train_step(
         trained: an adapter for `base`, or all parameters; float32.
         batch: arrays [A, B, T].
         key, number: of the run, and of the step from 0; randomness depends on them alone.
-        numbers: optimizer, noise on the embeddings and scale of the adapter as arrays.
+        numbers: optimizer, noise on the embeddings and scale of a LoRA adapter as arrays.
         dtype: that all parameters are computed in; None = their own.
-        effective: makes the adapter from `trained`; None = it is the adapter.
+        effective: makes the adapter, or the prefix, from `trained`; None = it is the adapter.
+        objective: what the step lowers.
     """
-    if numbers is not None:
-        optimizer = numbers.optimizer()
     noise = None if numbers is None else numbers.noise
+    optimizer = optimizer if numbers is None else numbers.optimizer()
     assert optimizer is not None
-    learned = jnp.sum(batch.learned[..., 1:], dtype=jnp.int32)
+    count = objective.count(batch)
     scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
 
-    def loss(weights: Any, rows: Batch, key: jax.Array) -> jax.Array:
-        params, lora = (weights, None) if base is None else (base, weights)
-        if lora is not None:
-            lora = effective(lora) if effective is not None else lora
-            lora = numbers.put_into(lora) if numbers is not None else lora
+    def made(weights: Any) -> LoRA | Prefix:
+        adapter = weights if effective is None else effective(weights)
+        return adapter if numbers is None else numbers.put_into(adapter)
+
+    def loss(weights: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        added = None if base is None else made(weights)
+        params, lora = combine(weights if base is None else base, added, lengths)
         dropout_key, noise_key = jax.random.split(key)
-        rate = max(config.attention_dropout, config.hidden_dropout, lora.dropout if lora else 0)
-        total, _ = loss_sum(
+        rate = max(config.attention_dropout, config.hidden_dropout, added.dropout if added else 0)
+        return objective.total(
             config, params, lora, rows, dropout_key=dropout_key if rate > 0 else None,
             noise=None if noise is None else _noise(config, rows, noise, noise_key), remat=remat,
-            scale=scale / jnp.maximum(learned, 1),
+            scale=scale / jnp.maximum(count, 1),
         )  # fmt: skip
-        return total
+
+    weights = trained if dtype is None else jax.tree.map(lambda x: x.astype(dtype), trained)
+    lengths = None if base is None else lengths_of(base, made(weights))
+    sums = (scale, dict.fromkeys(objective.figures, scale)), trained
+    key = jax.random.fold_in(key, number)
+    (mean, figures), gradients = _add_up(loss, weights, batch, key, sums)
+    mean, gradients = jax.tree.map(lambda x: x / scale, (mean, gradients))
+    figures = {name: x / jnp.maximum(count, 1) for name, x in figures.items()}
+    trained, state, metrics = _apply(optimizer, trained, state, mean, gradients, count)
+    return trained, state, metrics._replace(figures=figures)
+
+
+def _add_up(loss: Callable[..., Any], weights: Any, batch: Batch, key: jax.Array, like: Any) -> Any:
+    """Return what `loss` gives, and its gradients by the weights, summed over micro-batches in
+    float32; `like` has their shapes."""
+    gradient = jax.value_and_grad(loss, has_aux=True)
 
     def add(total: Any, rows_and_index: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         rows, index = rows_and_index
-        found = jax.value_and_grad(loss)(weights, rows, jax.random.fold_in(step_key, index))
+        found = gradient(weights, rows, jax.random.fold_in(key, index))
         return jax.tree.map(lambda x, new: x + new.astype(jnp.float32), total, found), None
 
-    step_key = jax.random.fold_in(key, number)
-    weights = trained if dtype is None else jax.tree.map(lambda x: x.astype(dtype), trained)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (scale, trained))
-    total, _ = jax.lax.scan(add, zeros, (batch, jnp.arange(batch.tokens.shape[0])))
-    mean, gradients = jax.tree.map(lambda x: x / scale, total)
-    return _apply(optimizer, trained, state, mean, gradients, learned)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
+    return jax.lax.scan(add, zeros, (batch, jnp.arange(batch.tokens.shape[0])))[0]
+
+
+def lengths_of(base: Any, adapter: LoRA | Prefix) -> dora.Rows | None:
+    """Return the norms that an adapter of DoRA needs; None for others. They are constants of a
+    step: no gradient goes through them."""
+    if isinstance(adapter, LoRA) and dora.has_magnitudes(adapter):
+        return dora.norms(base, adapter)
+    return None
+
+
+def combine(
+    params: Any, adapter: LoRA | Prefix | None, lengths: dora.Rows | None = None
+) -> tuple[Any, LoRA | None]:
+    """Return the parameters and the adapter of `loss_sum`, of an adapter and its `lengths_of`; a
+    prefix is one of the parameters."""
+    if isinstance(adapter, Prefix):
+        return with_prefix(params, adapter), None
+    if adapter is not None and lengths is not None:
+        adapter = dora.with_gains(adapter, lengths)
+    return params, adapter
 
 
 def _apply(

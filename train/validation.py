@@ -28,15 +28,16 @@ def make_evaluation(
     prompts: Sequence[str],
     batch_size: int,
     devices: Devices,
+    **objective: Any,
 ) -> Callable[[tuple[Any, Any]], Figures] | None:
     """Return a function of (what is trained, its `State`), or None if there is nothing to evaluate.
 
     It prints greedy answers to the prompts, and returns for each name of `sets` the `loss`, nats
-    per learned token, and the `perplexity`.
+    per learned token, and the `perplexity`; with an `objective` its loss alone.
     """
     if not sets and not prompts:
         return None
-    loss_of, rows = make_eval(method.checkpoint.config), devices.rows(batch_size)
+    loss_of, rows = make_eval(method.checkpoint.config, **objective), devices.rows(batch_size)
     batches = {
         name: Batches(dataset, batch_size=batch_size, shuffle=False, rows=rows)
         for name, dataset in sets.items()
@@ -51,6 +52,8 @@ def make_evaluation(
                 sums.append(loss_of(params, lora, one))
         totals = jax.device_get(sums)
         loss = math.fsum(float(s) for s, _ in totals) / sum(int(n) for _, n in totals)
+        if objective:
+            return {"loss": loss}
         return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else loss * math.inf}
 
     def evaluate(state: tuple[Any, Any]) -> Figures:

@@ -19,28 +19,26 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save
 
+from convert.adapters.layouts import LAYOUTS, Layout, Place, layouts_of
 from convert.adapters.tensors import (
-    LAYOUTS,
-    Layout,
-    Place,
     Shape,
     check_finite,
     join_tensors,
-    layouts_of,
     on_host,
     split_arrays,
     used_ranks,
 )
-from convert.files.safetensors_writer import write_file
+from convert.files.replace import replace_files
 from convert.files.shards import read_json, read_weight_file
 from convert.files.tensor import reading
 from convert.layouts.peft_config import CONFIG, read_peft_config
 from convert.layouts.tokens import TOKENIZER_CONFIG
 from convert.loading.checkpoint import Checkpoint
 from convert.loading.folder import Folder, fingerprint, open_folder
-from glm2_jax.cli.files import fsync, refuse_url
+from glm2_jax.cli.files import refuse_url
 from glm2_jax.config import GLMConfig
-from glm2_jax.errors import CheckpointError, InputError, shorten
+from glm2_jax.dora import has_magnitudes, with_own_gains
+from glm2_jax.errors import CheckpointError, shorten
 from glm2_jax.family import FAMILIES, decide_family, named_family, tokenizer_signs
 from glm2_jax.lora import TARGETS, LoRA, join_adapters, with_lora
 from glm2_jax.sharding import lora_sharding
@@ -75,6 +73,11 @@ class Adapter:
         """The matrices that it adapts."""
         return tuple(target for target in TARGETS if target in self.lora.layers)
 
+    @property
+    def dora(self) -> bool:
+        """Whether its rows have magnitudes."""
+        return has_magnitudes(self.lora)
+
     def rank(self, target: str) -> int:
         """R of a target."""
         return self.lora.layers[target]["a"].shape[1]
@@ -90,8 +93,6 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | N
         CheckpointError: NaN or infinity among its numbers.
         InputError: the folder cannot be written.
     """
-    refuse_url(folder)
-    folder = Path(folder)
     tensors, selection = stored_tensors(adapter, layout)
     tensors = {f"base_model.model.{name}": array for name, array in tensors.items()}
     for name, array in tensors.items():
@@ -115,15 +116,8 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | N
         "lora_dropout": adapter.lora.dropout,
         **selection,
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder, {WEIGHTS: weights, CONFIG: _json(config), EXTRAS: _json(extras)})
-        fsync(folder)
-    except OSError as error:
-        raise InputError(
-            f"The adapter cannot be written to {folder}: {error.strerror or error}.",
-            fix="Free some space, or check the path and its permissions.",
-        ) from error
+    files = {WEIGHTS: weights, CONFIG: _json(config), EXTRAS: _json(extras)}
+    replace_files(folder, files, what="adapter", first_removed=EXTRAS)
 
 
 def load_adapter(folder: str | os.PathLike, config: GLMConfig, *, apart: bool = False) -> Adapter:
@@ -243,12 +237,24 @@ def attach(checkpoint: Checkpoint, *adapters: Adapter, joined: bool = False) -> 
     """Return the checkpoint with an adapter in its params (see `with_lora`): another model, with
     another fingerprint. On a mesh it is sharded as the weights that it adapts.
 
-    With `joined` there may be several, of which each row uses one (see `join_adapters`).
+    With `joined` there may be several, of which each row uses one (see `join_adapters`); a
+    CheckpointError names one of DoRA, which can only be alone.
     """
+    if joined and (found := next((one for one in adapters if one.dora), None)):
+        raise CheckpointError(
+            f"The adapter {found.source} is one of DoRA, which cannot be chosen by request.",
+            "It changes the length of rows, so several of them do not share one product.",
+            "Merge it into its base (python -m convert.merge_lora), and serve that.",
+        )
     lora = join_adapters([one.lora for one in adapters]) if joined else adapters[0].lora
-    where = checkpoint.params["final_norm"].sharding
-    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
-        where = lora_sharding(lora, where.mesh)
+    place = checkpoint.params["final_norm"].sharding
+
+    def put(lora: LoRA) -> LoRA:
+        if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
+            return jax.device_put(lora, lora_sharding(lora, place.mesh))
+        return jax.device_put(lora, place)
+
+    lora = put(with_own_gains(checkpoint.params, put(lora)))
     digests = " ".join([checkpoint.fingerprint, *(one.digest for one in adapters)])
     notes = [*checkpoint.notes]
     for one in adapters:
@@ -257,7 +263,7 @@ def attach(checkpoint: Checkpoint, *adapters: Adapter, joined: bool = False) -> 
         notes += [line, *one.notes]
     return dataclasses.replace(
         checkpoint,
-        params=with_lora(checkpoint.params, jax.device_put(lora, where)),
+        params=with_lora(checkpoint.params, lora),
         fingerprint=hashlib.sha256(digests.encode()).hexdigest(),
         notes=tuple(notes),
     )
@@ -301,6 +307,7 @@ def _selection(
         "rank_pattern": {name: found for name, found in sizes.items() if found != rank},
         "alpha_pattern": {name: found for name, found in alphas.items() if found != alpha},
         "use_rslora": adapter.rslora,
+        "use_dora": adapter.dora,
     }
     needed = {key: value for key, value in others.items() if value}
     return {"target_modules": targets, "r": rank, "lora_alpha": alpha, **needed}
@@ -344,20 +351,6 @@ def _read_extras(folder: Path, digest: str) -> dict[str, Any] | None:
                 _AGAIN,
             )
     return extras
-
-
-def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all files under temporary names first, so that each is old or new, never half.
-
-    `EXTRAS` is removed before the weights that it belongs to: in between the adapter has none.
-    """
-    new = {name: folder / f".{name}.new" for name in files}
-    for name, path in new.items():
-        path.unlink(missing_ok=True)
-        write_file(path, files[name])
-    (folder / EXTRAS).unlink(missing_ok=True)
-    for name, path in new.items():
-        path.replace(folder / name)
 
 
 def _json(value: Any) -> bytes:

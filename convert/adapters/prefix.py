@@ -1,36 +1,46 @@
-"""P-Tuning v2 prefixes as the official repository's training saves them, read for answering.
+"""P-Tuning v2 prefixes as the official repository's training saves them, read and written.
 
 A folder holds the tensors of the prefix encoder and no others: `transformer.prefix_encoder.` and
 `embedding.weight` [P, 2 L K H], with projection also `trans.0` and `trans.2`, two linear layers
-with a tanh between them. The encoder is computed once, in float32; its keys and values remain.
+with a tanh between them. To answer, the encoder is computed once, in float32, and its keys and
+values remain; training computes it in every step.
 """
 
 import dataclasses
 import hashlib
+import json
+import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from convert.adapters.tensors import check_finite
+from convert.files.replace import replace_files
 from convert.files.shards import WEIGHT_FILES, open_weights
 from convert.files.tensor import StoredTensor, reading
+from convert.files.torch_writer import torch_bytes
 from convert.layouts.names import FLOATS, rules_of
 from convert.layouts.peft_config import peft_kind
 from convert.loading.checkpoint import Checkpoint
 from convert.loading.values import cast
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
+from glm2_jax.linear import einsum
 from glm2_jax.parts import TABLE
 from glm2_jax.prefix import Prefix, with_prefix
 
 _ENCODER = "transformer.prefix_encoder."
 _START = re.compile(r"(?:transformer\.)?(?:prefix_encoder\.)?")
 _EMBEDDING = "embedding.weight"
-# The embedding, and the projection.
+# The embedding, and the projection; and their names in training.
 _NAMES = (_EMBEDDING, "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
+_TRAINED = ("embedding", "down", "down_bias", "up", "up_bias")
 # The norms square what attention makes of a value and sum over its width, in float32. Where that
 # overflows they give 0, so that every logit is 0: finite, and meaningless. Far above any trained
 # number (float16 ends at 65504), far below the root of float32's largest.
@@ -64,14 +74,58 @@ def load_prefix(folder: str | os.PathLike, config: GLMConfig) -> FoundPrefix:
     is not a prefix, damaged, or of another model."""
     path, tensors, notes = _open(folder)
     _check_shapes(path, tensors, config)
-    # [P, 2 L K H] -> [L, P, K, H], the keys of a layer before its values.
-    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
-    encoded = _encode(path, tensors).reshape(-1, L, 2, K, H).swapaxes(0, 1)
-    rule = next(rule for rule in rules_of(config) if TABLE["k"] in rule.parts)
-    k = np.ascontiguousarray(encoded[:, :, 0][..., rule.dimensions(H)])
-    v = np.ascontiguousarray(encoded[:, :, 1])
+    k, v = map(np.ascontiguousarray, _keys_and_values(config, _encode(path, tensors)))
     notes = tuple(f"prefix {path}: {note}" for note in notes)
     return FoundPrefix(k, v, str(path), _digest(tensors), notes)
+
+
+def init_encoder(
+    config: GLMConfig, key: jax.Array, length: int, *, projection: bool = False
+) -> dict[str, jax.Array]:
+    """Make the encoder of a new prefix of `length` tokens, float32, as torch does: its embedding is
+    normal(0, 1), weights and biases of the projection are uniform in +-1 / sqrt(columns)."""
+    shapes: dict[str, Any] = dict(
+        zip(_TRAINED, _shapes(config, length, projection).values(), strict=False)
+    )
+    keys = jax.random.split(key, len(shapes))
+    found = {"embedding": jax.random.normal(keys[0], shapes.pop("embedding"), jnp.float32)}
+    for (name, shape), one in zip(shapes.items(), keys[1:], strict=True):
+        bound = 1 / math.sqrt(shapes[name.removesuffix("_bias")][1])
+        found[name] = jax.random.uniform(one, shape, jnp.float32, -bound, bound)
+    return found
+
+
+def encode(config: GLMConfig, encoder: Mapping[str, jax.Array], *, dropout: float = 0.0) -> Prefix:
+    """Return the prefix that an encoder of `init_encoder` makes; differentiable, jit-able."""
+    x = encoder["embedding"]
+    if "up" in encoder:
+        x = jnp.tanh(einsum("PC,RC->PR", x, encoder["down"]) + encoder["down_bias"])
+        x = einsum("PC,RC->PR", x, encoder["up"]) + encoder["up_bias"]
+    return Prefix(*_keys_and_values(config, x), dropout=dropout)
+
+
+def save_prefix(
+    folder: str | os.PathLike, config: GLMConfig, encoder: Mapping[str, np.ndarray]
+) -> None:
+    """Write an encoder of `init_encoder` as the official training does: pytorch_model.bin, and a
+    config.json with `pre_seq_len` and `prefix_projection`. Each file is replaced atomically, other
+    files stay.
+
+    Raises:
+        CheckpointError: NaN or infinity among its numbers.
+        InputError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    tensors = {
+        f"{_ENCODER}{name}": np.asarray(encoder[trained], np.float32)
+        for name, trained in zip(_NAMES, _TRAINED, strict=True) if trained in encoder
+    }  # fmt: skip
+    for name, array in tensors.items():
+        check_finite(name, array)
+    settings = {"pre_seq_len": len(encoder["embedding"]), "prefix_projection": "up" in encoder}
+    text = json.dumps(config.to_hf() | settings, indent=2, ensure_ascii=False) + "\n"
+    files = {"pytorch_model.bin": torch_bytes(tensors), "config.json": text.encode()}
+    replace_files(folder, files, what="prefix")
 
 
 def measure_prefix(folder: str | os.PathLike) -> int:
@@ -158,20 +212,14 @@ def _encoder_tensors(path: Path, tensors: Tensors) -> Tensors:
 
 
 def _check_shapes(path: Path, tensors: Tensors, config: GLMConfig) -> None:
-    length, D = tensors[_EMBEDDING].shape[0], config.hidden_size
-    width = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    length, width = tensors[_EMBEDDING].shape[0], _width(config)
     if length > config.seq_length:
         raise CheckpointError(
             f"The prefix {path} has {length} tokens.",
             f"The model's context has {config.seq_length}.",
             _OTHER_MODEL,
         )
-    # The projection of ChatGLM-6B reads a vector of the hidden size, that of ChatGLM2 a full one.
-    read = D if config.family == "chatglm" and len(tensors) > 1 else width
-    shapes = ((length, read), (D, read), (D,), (width, D), (width,))
-    for name, shape in zip(_NAMES, shapes, strict=True):
-        if name not in tensors:
-            continue
+    for name, shape in _shapes(config, length, len(tensors) > 1).items():
         found, dtype = tensors[name].shape, tensors[name].dtype.name
         if found != shape:
             raise CheckpointError(
@@ -186,6 +234,28 @@ def _check_shapes(path: Path, tensors: Tensors, config: GLMConfig) -> None:
                 "A prefix encoder is not quantized, even if its model is.",
                 _COPY_AGAIN,
             )
+
+
+def _shapes(config: GLMConfig, length: int, projection: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an encoder's tensors."""
+    D, width = config.hidden_size, _width(config)
+    # The projection of ChatGLM-6B reads a vector of the hidden size, that of ChatGLM2 a full one.
+    read = D if config.family == "chatglm" and projection else width
+    shapes = ((length, read), (D, read), (D,), (width, D), (width,))
+    return dict(zip(_NAMES, shapes if projection else shapes[:1], strict=False))
+
+
+def _width(config: GLMConfig) -> int:
+    """Return 2 L K H, the keys and values of one prefix token."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim
+
+
+def _keys_and_values(config: GLMConfig, encoded: Any) -> tuple[Any, Any]:
+    """Divide [P, 2 L K H] into keys and values [L, P, K, H], a layer's keys before its values."""
+    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
+    encoded = encoded.reshape(-1, L, 2, K, H).swapaxes(0, 1)
+    rule = next(rule for rule in rules_of(config) if TABLE["k"] in rule.parts)
+    return encoded[:, :, 0][..., rule.dimensions(H)], encoded[:, :, 1]
 
 
 def _encode(path: Path, tensors: Tensors) -> np.ndarray:

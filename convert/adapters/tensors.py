@@ -1,8 +1,7 @@
 """The tensors of adapter folders, and the arrays of this project that they stand for.
 
 PEFT names a tensor after the matrix that it adapts. Every matrix there has an A and a B; here a
-fused matrix has one A, and a B for each of its parts. Models name their matrices in two ways:
-"chatglm" are the published names, "glm" those of `GlmForCausalLM`, where q, k and v are apart.
+fused matrix has one A, and a B for each of its parts.
 """
 
 import dataclasses
@@ -15,115 +14,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.core import FrozenDict
 
+from convert.adapters.layouts import Layout, Module, Place, layouts_of
 from convert.files.tensor import StoredTensor
-from convert.layouts.names import BLANK_FILLING, CHATGLM, FLOATS, GLM, PUBLISHED, Rule
+from convert.layouts.names import FLOATS
 from convert.layouts.peft_config import CONFIG, Choice, PeftConfig
 from glm2_jax.config import GLMConfig
+from glm2_jax.dora import MAGNITUDE
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.lora import TARGETS, LoRA, adapter_shapes
 from glm2_jax.runtime.gather import gathered
-from glm2_jax.schemes import EMBEDDINGS
 
 # Parts of the names of embedding and head, in either layout.
 _ENDS = {"embed_tokens", "lm_head", "embedding", "word_embeddings", "output_layer"}
-# The name of a stored tensor: the matrix, and "A" or "B".
-_STORED = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
+# The name of a stored tensor: the matrix, and "A" or "B", or the magnitude of DoRA.
+_STORED = re.compile(
+    r"(?:base_model\.model\.)?(.+)\.lora_(?:([AB])(?:\.\w+)?\.weight|(magnitude_vector)(?:\.\w+){0,2})"
+)
+_VECTOR = "magnitude_vector"
 _SHOWN = 3  # problems named in one line
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]  # target -> part -> with a leading axis of layers
-
-
-# Our parameter -> the target whose adapter changes it, and the name of its B.
-ADAPTED = {
-    "q": ("query_key_value", "q"),
-    "k": ("query_key_value", "k"),
-    "v": ("query_key_value", "v"),
-    "o": ("dense", "b"),
-    "gate_up": ("dense_h_to_4h", "b"),
-    "down": ("dense_4h_to_h", "b"),
-}
-
-
-class Module(NamedTuple):
-    """A matrix that PEFT adapts: its name in a layer, our target, and the parts of its rows."""
-
-    path: str
-    target: str
-    parts: tuple[str, ...]
-    rule: Rule  # which says how the rows of B are ordered
-
-    @property
-    def name(self) -> str:
-        """The last part of its path, unique in a layer."""
-        return self.path.rpartition(".")[2]
-
-
-Place = tuple[Module, int]  # a matrix and its layer
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The names of the matrices of a model."""
-
-    name: str  # of the layout
-    block: str  # the part of a name before the number of the layer
-    modules: tuple[Module, ...]  # in the order of `TARGETS`
-    ends: tuple[str, ...]  # names of embedding and head
-    usual: tuple[str, ...] = ()  # what PEFT adapts if a configuration names nothing
-
-    def full_name(self, place: Place) -> str:
-        """Return the name of a matrix in the model."""
-        return f"{self.block}{place[1]}.{place[0].path}"
-
-    def places(self, num_layers: int) -> dict[str, Place]:
-        """Return every matrix of a model by its name."""
-        found = ((module, layer) for layer in range(num_layers) for module in self.modules)
-        return {self.full_name(place): place for place in found}
-
-
-def _layout(name: str, rules: Sequence[Rule], usual: tuple[str, ...] = ()) -> Layout:
-    """Return the names of the matrices, in layers and at both ends, that rules give them."""
-    names = {rule.name.removesuffix(".weight"): rule for rule in rules}
-    block = next(name.partition("{layer}")[0] for name in names if "{layer}" in name)
-    modules = []
-    for full, rule in names.items():
-        adapted = [ADAPTED[part.name] for part in rule.parts if part.name in ADAPTED]
-        if adapted:
-            path = full.removeprefix(f"{block}{{layer}}.")
-            modules.append(Module(path, adapted[0][0], tuple(part for _, part in adapted), rule))
-    ends = tuple(full for full, rule in names.items() if rule.parts[0].name in EMBEDDINGS)
-    return Layout(name, block, tuple(modules), ends, usual)
-
-
-LAYOUTS = {
-    "chatglm": _layout("chatglm", PUBLISHED, ("query_key_value",)),
-    "glm": _layout("glm", GLM),
-    # ChatGLM-6B and GLM have the same names, but B has its rows in another order.
-    "chatglm-6b": _layout("chatglm-6b", CHATGLM, ("query_key_value",)),
-    "glm-base": _layout("glm-base", BLANK_FILLING, ("query_key_value",)),
-}
-_ONLY = {"chatglm": "chatglm-6b", "glm": "glm-base", "glm4-0414": "glm"}  # family -> its one layout
-
-
-def layouts_of(config: GLMConfig) -> tuple[Layout, ...]:
-    """Return the layouts that a model's adapters may have, its official one first."""
-    names = (_ONLY[config.family],) if config.family in _ONLY else ("chatglm", "glm")
-    return tuple(LAYOUTS[name] for name in names)
-
-
-def find_layout(config: GLMConfig, asked: str) -> str:
-    """Return the layout that one of `choices.LAYOUTS` means for a model; UsageError if it has none
-    of that kind."""
-    names = [layout.name for layout in layouts_of(config)]
-    if asked == "chatglm":
-        return names[0]
-    if asked not in names:
-        raise UsageError(
-            f"An adapter of a {config.family} model cannot be written as --layout {asked}.",
-            "GlmForCausalLM computes another network, and has none of its matrices.",
-            "Use --layout chatglm.",
-        )
-    return asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +62,15 @@ class Shape:
             L, R = arrays["a"].shape[:2]
             return sum(arrays[part].size for part in ("a", *module.parts)) // (L * R)
 
-        return sum(choice.rank * per_rank(place[0]) for place, choice in self.choices.items())
+        def magnitudes(module: Module) -> int:
+            arrays = lora.layers[module.target]
+            found = (arrays.get(MAGNITUDE + part) for part in module.parts)
+            return sum(len(x[0].reshape(-1)) for x in found if x is not None)
+
+        return sum(
+            choice.rank * per_rank(module) + magnitudes(module)
+            for (module, _), choice in self.choices.items()
+        )
 
     def effective(self, lora: LoRA) -> LoRA:
         """Return the adapter that the arrays stand for; gradients through it are zero wherever the
@@ -183,12 +101,14 @@ def used_ranks(arrays: Arrays, layout: Layout) -> dict[Place, np.ndarray]:
     """
     found = {}
     for module in (x for x in layout.modules if x.target in arrays):
-        parts = {name: x for name, x in arrays[module.target].items() if name != "a"}
+        parts = {name: arrays[module.target][name] for name in TARGETS[module.target].up}
         L, R = arrays[module.target]["a"].shape[:2]
         used = {name: x.any(tuple(range(x.ndim - 1))) for name, x in parts.items()}
         own = np.any([used[name] for name in module.parts], axis=0)
-        if len(module.parts) == len(parts) or not any(x.any() for x in used.values()):
-            own = np.ones(R, bool)  # the target is not divided, or it is new: B is zero
+        lengths = (arrays[module.target].get(MAGNITUDE + part) for part in module.parts)
+        alone = not own.any() and any(x is not None and x.any() for x in lengths)
+        if alone or len(module.parts) == len(parts) or not any(x.any() for x in used.values()):
+            own = np.ones(R, bool)  # the target is not divided, or B is zero: it is new
         layers = [
             x for x in range(L) if any(array[x].any() for array in arrays[module.target].values())
         ]
@@ -208,11 +128,26 @@ def split_arrays(
         a, name = a[own], f"{layout.full_name((module, layer))}.lora_"
         tensors[f"{name}A.weight"] = np.ascontiguousarray(a.reshape(len(a), -1))
         b = [np.ascontiguousarray(x[..., own]).reshape(-1, len(a)) for x in rows]
-        ours, order = np.concatenate(b), module.rule.order([x.shape for x in rows])
-        stored = np.empty_like(ours)
-        stored[slice(None) if order is None else order] = ours
-        tensors[f"{name}B.weight"] = stored
+        order = module.rule.order([x.shape for x in rows])
+        tensors[f"{name}B.weight"] = _as_stored(np.concatenate(b), order)
+        found = (arrays[module.target].get(MAGNITUDE + part) for part in module.parts)
+        lengths = [x[layer].reshape(-1) for x in found if x is not None]
+        if lengths:
+            tensors[name + _VECTOR] = _as_stored(np.concatenate(lengths), order)
+            if not tensors[name + _VECTOR].all():
+                raise UsageError(
+                    f"This DoRA adapter cannot be written with one matrix {module.name}.",
+                    "It adapts only a part of its rows; the others need the lengths of the base.",
+                    "Keep the layout that it has.",
+                )
     return tensors
+
+
+def _as_stored(ours: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    """Return rows in the order in which folders have them."""
+    stored = np.empty_like(ours)
+    stored[slice(None) if order is None else order] = ours
+    return stored
 
 
 class _Piece(NamedTuple):
@@ -221,6 +156,7 @@ class _Piece(NamedTuple):
     a: np.ndarray  # [R, columns]
     b: np.ndarray  # [rows, R]
     scale: float
+    lengths: np.ndarray | None  # [rows], the magnitude of DoRA
 
 
 def join_tensors(
@@ -253,15 +189,15 @@ def join_tensors(
     chosen = peft.choose(list(places), ends=layout.ends, usual=layout.usual)
     _refuse_ends(path, layout, tensors, chosen)
     choices = {place: chosen[name] for name, place in places.items() if name in chosen}
-    stored = _find_pairs(path, layout, places, tensors, config, choices)
+    stored = _find_pairs(path, layout, places, tensors, config, choices, _sides(peft))
     layers, scales, gates, ranks = {}, {}, {}, {}
     for target in TARGETS:
         pieces = {}
         for place, choice in choices.items():
             if place[0].target == target:
                 name = layout.full_name(place)
-                a, b = (_read(stored[place, x], f"lora_{x} of {name}") for x in "AB")
-                pieces[place] = _Piece(a, b, peft.scale(choice))
+                a, b, *more = (_read(stored[place, x], f"lora_{x} of {name}") for x in _sides(peft))
+                pieces[place] = _Piece(a, b, peft.scale(choice), more[0] if more else None)
         if pieces:
             scales[target] = max((piece.scale for piece in pieces.values()), key=abs)
             stack = _stack(target, pieces, scales[target], config, apart)
@@ -286,6 +222,8 @@ def _stack(
     shapes = adapter_shapes(config, target, R)
     arrays = {x: np.zeros((L, *size), np.float32) for x, size in shapes.items()}
     gates = {x: np.zeros((L, R), np.float32) for x in shapes if x != "a"}
+    if any(piece.lengths is not None for piece in pieces.values()):
+        arrays |= {MAGNITUDE + x: np.zeros((L, *shapes[x][:-1]), np.float32) for x in gates}
     for (module, layer), piece in pieces.items():
         own = ranks[module, layer]
         arrays["a"][layer, own] = piece.a.reshape(-1, *shapes["a"][1:])
@@ -293,13 +231,22 @@ def _stack(
         b, start = piece.b if apart or ratio == 1 else piece.b * ratio, 0
         order = module.rule.order([shapes[part] for part in module.parts])
         b = b if order is None else b[order]
+        lengths = piece.lengths
+        lengths = lengths if lengths is None or order is None else lengths[order]
         for part in module.parts:
             shape = shapes[part][:-1]
             stop = start + math.prod(shape)
             arrays[part][layer, ..., own] = b[start:stop].reshape(*shape, -1)
             gates[part][layer, own] = ratio
+            if lengths is not None:
+                arrays[MAGNITUDE + part][layer] = lengths[start:stop].reshape(shape)
             start = stop
     return arrays, gates, ranks
+
+
+def _sides(peft: PeftConfig) -> tuple[str, ...]:
+    """Return what an adapted matrix has: A and B, and with DoRA its magnitude."""
+    return ("A", "B", _VECTOR) if peft.dora else ("A", "B")
 
 
 def _find_pairs(
@@ -309,8 +256,9 @@ def _find_pairs(
     tensors: Mapping[str, StoredTensor],
     config: GLMConfig,
     choices: Mapping[Place, Choice],
+    sides: Sequence[str],
 ) -> dict[tuple[Place, str], StoredTensor]:
-    """Return "A" and "B" of every adapted matrix, checked against model and configuration."""
+    """Return the `_sides` of every adapted matrix, checked against model and configuration."""
     pairs: dict[tuple[Place, str], StoredTensor] = {}
     problems = [] if tensors else ["no tensors at all"]
     for name, tensor in tensors.items():
@@ -318,17 +266,17 @@ def _find_pairs(
         place = places.get(match[1]) if match else None
         if match is None or place is None:
             problems.append(f"unexpected: {name[:200]}")
-        elif place not in choices:
+        elif place not in choices or (side := match[2] or match[3]) not in sides:
             problems.append(f"unexpected: {name}, {CONFIG} does not adapt it")
-        elif (place, match[2]) in pairs:
+        elif (place, side) in pairs:
             problems.append(f"twice: {name}")
         else:
-            pairs[place, match[2]] = tensor
+            pairs[place, side] = tensor
             shapes = adapter_shapes(config, place[0].target, choices[place].rank)
-            expected = shapes["a"][0], math.prod(shapes["a"][1:])
-            if match[2] == "B":
-                rows = sum(math.prod(shapes[part][:-1]) for part in place[0].parts)
-                expected = rows, shapes["a"][0]
+            rows = sum(math.prod(shapes[part][:-1]) for part in place[0].parts)
+            rank = shapes["a"][0]
+            stored = {"A": (rank, math.prod(shapes["a"][1:])), "B": (rows, rank), _VECTOR: (rows,)}
+            expected = stored[side]
             if tensor.shape != expected:
                 problems.append(f"wrong shape: {name} is {tensor.shape} instead of {expected}")
             if tensor.dtype.name not in FLOATS:
@@ -336,7 +284,7 @@ def _find_pairs(
     problems += [
         f"missing: lora_{side} of {layout.full_name(place)}"
         for place in choices
-        for side in "AB"
+        for side in sides
         if (place, side) not in pairs
     ]
     if problems:

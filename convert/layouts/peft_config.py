@@ -20,7 +20,7 @@ CONFIG = "adapter_config.json"
 _DEFAULTS = (None, [], {}, "")
 _SELECTION = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "r", "lora_alpha",
-    "rank_pattern", "alpha_pattern", "use_rslora",
+    "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
 )  # fmt: skip
 # Keys that change nothing about what a finished adapter computes.
 _HARMLESS = {
@@ -61,6 +61,7 @@ class PeftConfig:
     path: Path
     dropout: float
     rslora: bool  # whether the scale is alpha / sqrt(rank)
+    dora: bool  # whether rows have magnitudes
     selection: Mapping[str, Any]
     base: Any  # base_model_name_or_path, which may be wrong
 
@@ -185,8 +186,9 @@ def read_peft_config(folder: Path) -> PeftConfig:
     given = {key: x for key, x in values.items() if x is not False and x not in _DEFAULTS}
     selection = {"r": 8, "lora_alpha": 8, **given}
     _check_selection(path, selection)
-    rslora = bool(selection.get("use_rslora"))
-    return PeftConfig(path, float(dropout), rslora, selection, raw.get("base_model_name_or_path"))
+    rslora, dora = (bool(selection.get(name)) for name in ("use_rslora", "use_dora"))
+    base = raw.get("base_model_name_or_path")
+    return PeftConfig(path, float(dropout), rslora, dora, selection, base)
 
 
 def peft_kind(folder: Path) -> str:
@@ -208,7 +210,7 @@ def _refuse_unsupported(folder: Path, raw: Mapping[str, Any]) -> None:
         found = ", ".join(f"{key} = {shorten(raw.get(key))}" for key in bad[:10])
         raise CheckpointError(
             f"The adapter {folder} has settings that are not supported: {found}.",
-            "Plain LoRA without biases is supported; with rsLoRA, rank and alpha patterns.",
+            "LoRA and DoRA without biases are supported; with rsLoRA, rank and alpha patterns.",
             "Train a LoRA adapter on its data (python -m train.lora); or, where the kind allows "
             "it, merge it into its base with the peft library (merge_and_unload), save that with "
             "its tokenizer and use it as the model.",

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.adapters.tensors import ADAPTED
 from convert.files.manifest import Manifest
 from convert.files.safetensors_writer import Entry
 from convert.files.tensor import reading
 from convert.layouts.names import SCALE, Match, Rule
 from convert.loading.folder import Folder
 from convert.loading.values import Values, all_finite, cast
+from glm2_jax.dora import MAGNITUDE
 from glm2_jax.errors import CheckpointError
-from glm2_jax.lora import LoRA
+from glm2_jax.lora import ADAPTED, LoRA
 from glm2_jax.parts import Part
 from glm2_jax.runtime.dtypes import resolve_dtype
 from glm2_jax.schemes import Scheme
@@ -150,7 +150,7 @@ def update_of(
     """Return how an adapter changes one of our parameters in one layer; None if it does not.
 
     The function takes a first element and values [n], complete rows of the flattened parameter, and
-    returns W + scale * B A there in float32.
+    returns W + scale * B A there in float32, with DoRA each row at the length of its magnitude.
     """
     target, name = ADAPTED.get(path[-1], ("", ""))
     if lora is None or layer is None or target not in lora.layers:
@@ -160,10 +160,17 @@ def update_of(
     rank = b.shape[-1]
     a = np.asarray(weights["a"][layer], np.float32).reshape(rank, -1)
     b, columns = b.reshape(-1, rank), a.shape[1]
+    lengths = weights[MAGNITUDE + name][layer] if MAGNITUDE + name in weights else None
 
     def update(start: int, values: np.ndarray) -> np.ndarray:
         rows = slice(start // columns, (start + values.size) // columns)
         with np.errstate(over="ignore", invalid="ignore"):  # the caller checks for infinity
-            return values.astype(np.float32) + (scale * (b[rows] @ a)).reshape(-1)
+            merged = values.astype(np.float32) + (scale * (b[rows] @ a)).reshape(-1)
+            if lengths is None:
+                return merged
+            merged, wanted = merged.reshape(-1, columns), lengths.reshape(-1)[rows]
+            norms = np.linalg.norm(merged, axis=1)
+            gain = np.divide(wanted, norms, out=np.ones_like(norms), where=wanted != 0)
+            return (merged * gain[:, None]).reshape(-1)
 
     return update

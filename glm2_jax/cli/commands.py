@@ -22,6 +22,8 @@ COMMANDS = {
     "selftest": ("infer.selftest", "check a model against the published checksums and answers"),
     "launch": ("infer.launch", "start one run of several processes"),
     "lora": ("train.lora", "fine-tune a LoRA adapter"),
+    "prefix": ("train.prefix", "train a P-Tuning v2 prefix"),
+    "preference": ("train.preference", "train by chosen and rejected answers: DPO, ORPO"),
     "full": ("train.full", "fine-tune all parameters"),
     "train-bench": ("train.bench", "measure training speed"),
     "train-demo": ("train.demo", "train the demo model again"),

@@ -7,6 +7,8 @@ token. So every answer is a separate sequence, after its prompt. The answer to a
 the text and the answers to the blanks before it, each with its start id and none with its end, as
 when they are filled one after another.
 
+A plain text is divided by `glm2_jax.datasets.texts`.
+
 A message with `"loss": False` is never learned: in a sequence of roles its tokens are left out of
 the loss; in the others such an answer has no sequence.
 """
@@ -15,7 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from glm2_jax.datasets import TEXT
 from glm2_jax.datasets.formats import Message
+from glm2_jax.datasets.texts import Texts
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.text.prompt import MASKS, build_followup, build_prompt, with_blank
 from glm2_jax.text.roles import build_messages, message_ids
@@ -27,10 +31,17 @@ class Encoder:
     """Encodes conversations for one of `choices.TEMPLATES`.
 
     With `train_on_prompt` everything is learned except the ids that every sequence begins with.
-    UsageError: that is asked of a model whose prompts are read in both directions.
+    `texts` encodes plain texts, None = there are none. UsageError: `train_on_prompt` is asked of a
+    model whose prompts are read in both directions.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str, train_on_prompt: bool = False):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        train_on_prompt: bool = False,
+        texts: Texts | None = None,
+    ):
         if train_on_prompt and tokenizer.suffix_ids:
             raise UsageError(
                 f"--train-on-prompt is not supported for a {tokenizer.family} model",
@@ -39,10 +50,12 @@ class Encoder:
             )
         self.tokenizer, self.template = tokenizer, template
         self.written = find_template(template)
-        self.train_on_prompt = train_on_prompt
+        self.train_on_prompt, self.texts = train_on_prompt, texts
 
     def count(self, messages: Sequence[Message]) -> int:
         """Return the number of sequences of a conversation; 0 where nothing is learned."""
+        if self.texts is not None and messages[0]["role"] == TEXT:
+            return self.texts.count(messages[0]["content"], messages[0]["ends"])
         if self.written.fills:
             return sum(map(self._is_learned, self._filled(messages)[1]))
         self._refuse_lists(messages)
@@ -53,6 +66,8 @@ class Encoder:
     def encode(self, messages: Sequence[Message], number: int) -> tuple[list[int], list[bool]]:
         """Return the ids of one of its sequences, and which of them are learned; InputError if the
         template cannot express the conversation."""
+        if self.texts is not None and messages[0]["role"] == TEXT:
+            return self.texts.encode(messages[0]["content"], messages[0]["ends"], number)
         if self.written.roles:
             return self._roles(messages)
         if self.written.fills:

@@ -3,7 +3,8 @@
 A conversation is a list of messages as `glm2_jax.text.prompt.build_messages` takes them: role
 (system, user, assistant, observation), content, and optionally metadata and tools. A message that
 must not be learned has `"loss": False`. The answers to the blanks of a text, which a row gives as a
-list, are messages one after another, each with the key of the list: `"part_of": "output"`.
+list, are messages one after another, each with the key of the list: `"part_of": "output"`. A plain
+text is one message of the role "text", with `"ends": False` if the next one continues it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from glm2_jax.cli.text_input import parse_json
+from glm2_jax.datasets import TEXT
 from glm2_jax.errors import InputError, shorten
 from glm2_jax.text.roles import ROLES, parse_history, reply_messages
 
@@ -29,11 +31,13 @@ _NEEDED = {
 _PAIRS = ("alpaca", "adgen", "prompt")  # a question and its answer under a key each
 # Whether a row or an entry is learned: the keys of ms-swift and GLM, OpenAI, axolotl.
 MARKS = ("loss", "weight", "train")
+CONTINUES = "continues"  # a key of the pieces of a long text: whether another one follows
 _KNOWN = {
     name: (*_NEEDED[name], "input", "history", "system", "tools", *MARKS) for name in _PAIRS
 } | {
     "sharegpt": ("conversations", "system", "tools", *MARKS),
     "messages": ("messages", "conversations", "tools", *MARKS),
+    TEXT: ("text", CONTINUES),
 }
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {
     role: role for role in ("user", "assistant", "system", "observation")
@@ -60,7 +64,7 @@ def detect(row: Fields, preferred: str | None = None) -> str | None:
     # Tables that became JSON fill every column. The first key of a pair may be blank (with input).
     filled = [name for name in there if not absent(row[_NEEDED[name][-1]])]
     found = filled or [name for name in there if row[_NEEDED[name][-1]] is not None] or there
-    entries = _value(row, "conversations")
+    entries = value_of(row, "conversations")
     first = entries[0] if isinstance(entries, list) and entries else None
     if isinstance(first, dict) and "role" in first:
         # As the published fine-tuning of ChatGLM3 writes them.
@@ -70,6 +74,8 @@ def detect(row: Fields, preferred: str | None = None) -> str | None:
         if preferred is not None:
             fix = f"--format {preferred} is none of them: leave out the columns of the others"
         raise InputError(f"it has the keys of {' and '.join(found)}", fix)
+    if not found and preferred == TEXT and "text" in row:
+        return TEXT
     return preferred if len(found) > 1 else next(iter(found), None)
 
 
@@ -83,11 +89,11 @@ def unused_keys(row: Fields, fmt: str) -> Iterator[str]:
     """Yield the keys of a row that `read_messages` accepts, and of its entries, that have a value
     but no effect, once each."""
     yield from (key for key in row if key not in _KNOWN[fmt] and not absent(row[key]))
-    if fmt in _PAIRS:
+    if fmt in (*_PAIRS, TEXT):
         return
     key, role = _list_key(row, fmt), "from" if fmt == "sharegpt" else "role"
     found: dict[str, None] = {}
-    for entry in _objects(row, key):
+    for entry in objects(row, key):
         for name in entry:
             if name not in _ENTRY_KEYS[fmt] and not absent(entry[name]):
                 found[f"{name} in {key}"] = None
@@ -100,14 +106,16 @@ def unused_keys(row: Fields, fmt: str) -> Iterator[str]:
 def read_messages(row: Fields, fmt: str) -> list[Message]:
     """Return the conversation of a row, ignoring optional fields that are null or blank; InputError
     where a part is missing, of a wrong type, empty, or in a wrong order."""
+    if fmt == TEXT:
+        return [{"role": TEXT, "content": _text(row, "text"), "ends": not row.get(CONTINUES)}]
     if fmt in _PAIRS:
         messages = _pair(row, fmt)
     else:
-        entries = enumerate(_objects(row, _list_key(row, fmt)), 1)
+        entries = enumerate(objects(row, _list_key(row, fmt)), 1)
         messages = [_message(entry, fmt, number) for number, entry in entries]
         if fmt == "sharegpt" and (system := _optional(row, "system")).strip():
             messages.insert(0, {"role": "system", "content": system})
-    if not absent(_value(row, "tools")):
+    if not absent(value_of(row, "tools")):
         raise InputError(
             "the row has tools outside its messages", "write them into the system message"
         )
@@ -135,14 +143,14 @@ def read_messages(row: Fields, fmt: str) -> list[Message]:
 def _pair(row: Fields, fmt: str) -> list[Message]:
     """Return the messages of a question and its answer, with the rounds before."""
     asked, answered = _NEEDED[fmt]
-    _need(row, asked)
+    need(row, asked)
     parts = (_optional(row, asked), _optional(row, "input"))
     query = "\n".join(part for part in parts if part.strip())
     if not query:
         raise InputError(f"{asked} is empty")
     answers, system = _answers(row, answered), _optional(row, "system")
     messages = [{"role": "system", "content": system}] if system.strip() else []
-    history = _value(row, "history")
+    history = value_of(row, "history")
     rounds = () if absent(history) else parse_history(history)
     for question, reply in rounds:
         messages.append({"role": "user", "content": question})
@@ -181,7 +189,7 @@ def _message(entry: Fields, fmt: str, number: int) -> Message:
         role, content, key = entry.get("role"), entry.get("content"), "content"
         if role not in ROLES:
             raise InputError(f"{where} has the role {shorten(role)}", f"known: {', '.join(ROLES)}")
-        extra = {x: given[x] for x in ("metadata", "tools") if not absent(_value(given, x))}
+        extra = {x: given[x] for x in ("metadata", "tools") if not absent(value_of(given, x))}
     if content is None and role == "system":
         content = ""
     if not isinstance(content, str):
@@ -213,7 +221,8 @@ def _flag(value: Any) -> bool | None:
     return _FLAGS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
-def _need(row: Fields, key: str) -> None:
+def need(row: Fields, key: str) -> None:
+    """Raise InputError for a row without a key."""
     if key not in row:
         near = difflib.get_close_matches(key, row, n=1)
         hint = f"is {near[0]} meant?" if near else f"its keys are {_key_list(row)}"
@@ -221,7 +230,7 @@ def _need(row: Fields, key: str) -> None:
 
 
 def _text(row: Fields, key: str) -> str:
-    _need(row, key)
+    need(row, key)
     value = row[key]
     if not isinstance(value, str):
         raise InputError(f"{key} is not a string", f"it is of type {type(value).__name__}")
@@ -235,7 +244,7 @@ def _optional(row: Fields, key: str) -> str:
     return "" if absent(row.get(key)) else _text(row, key)
 
 
-def _value(row: Fields, key: str) -> Any:
+def value_of(row: Fields, key: str) -> Any:
     """Return a list or object, which tables hold as JSON text; other text stays text."""
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
@@ -252,8 +261,9 @@ def _list_key(row: Fields, fmt: str) -> str:
     return "conversations" if other else "messages"
 
 
-def _objects(row: Fields, key: str) -> list[dict[str, Any]]:
-    value = _value(row, key)
+def objects(row: Fields, key: str) -> list[dict[str, Any]]:
+    """Return the list of objects of a key, or InputError."""
+    value = value_of(row, key)
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise InputError(f"{key} is not a list of objects")
     return value

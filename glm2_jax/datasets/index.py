@@ -21,7 +21,14 @@ from io import BufferedReader
 from typing import BinaryIO, NamedTuple
 
 from glm2_jax.cli.text_input import refuse_wide
-from glm2_jax.datasets.tables import PARQUET, csv_records, delimiter_of, parquet_records
+from glm2_jax.datasets.tables import (
+    PARQUET,
+    csv_records,
+    delimiter_of,
+    is_text,
+    parquet_records,
+    text_records,
+)
 from glm2_jax.errors import InputError
 
 MAX_ROW = 16 * 2**20  # bytes; no model could learn from a longer row
@@ -57,13 +64,19 @@ class DataFile:
 
     What gzip unpacks, and the rows of a table as JSON, are kept in unnamed temporary files. A row
     of more than `max_row` bytes is an error. `file` is an open file to read in place of the path.
+    With `texts` a file whose name ends in .txt is a plain text: rows of the format "text".
     Raises InputError for a file that cannot be read, is empty, or is UTF-16 or UTF-32.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], max_row: int = MAX_ROW, *, file: BinaryIO | None = None
+        self,
+        path: str | os.PathLike[str],
+        max_row: int = MAX_ROW,
+        *,
+        file: BinaryIO | None = None,
+        texts: bool = False,
     ):
-        self.name, self.max_row = os.fspath(path), max_row
+        self.name, self.max_row, self._texts = os.fspath(path), max_row, texts
         opened = contextlib.ExitStack()
         self.close = weakref.finalize(self, opened.close)
         plain = _open(self.name) if file is None else open(os.dup(file.fileno()), "rb")
@@ -72,11 +85,11 @@ class DataFile:
         self.size = os.fstat(self._file.fileno()).st_size  # in bytes, unpacked
         sample = os.pread(self._file.fileno(), _PIECE, 0)
         self._start = len(_BOM) if sample.startswith(_BOM) else 0
-        self.kind = self._kind(sample)  # "lines", "array", "csv" or "parquet"
+        self.kind = self._kind(sample)  # "lines", "array", "csv", "parquet" or "text"
         self.by_line = self.kind != "parquet"  # whether all rows so far begin in different lines
         self.sha256 = ""  # of the contents, after all of `rows`
         self._table: BinaryIO | None = None  # its rows as JSON, where they are read again
-        if self.kind in ("csv", "parquet"):
+        if self.kind in ("csv", "parquet", "text"):
             self._table = opened.enter_context(tempfile.TemporaryFile())
 
     def _kind(self, sample: bytes) -> str:
@@ -88,6 +101,8 @@ class DataFile:
         for start, (what, fix) in PACKED.items():
             if sample.startswith(start):
                 raise InputError(f"cannot read {self.name}", f"it is {what}", fix)
+        if self._texts and is_text(self.name):
+            return "text"
         if delimiter_of(self.name):
             return "csv"
         return "array" if sample[self._start :].lstrip().startswith(b"[") else "lines"
@@ -129,7 +144,8 @@ class DataFile:
         if self.kind == "parquet":
             records = parquet_records(self._file, self.name)
         else:
-            records = csv_records(self._file, self.name, self.max_row)
+            read = text_records if self.kind == "text" else csv_records
+            records = read(self._file, self.name, self.max_row)
         offset = 0
         for number, (line, data) in enumerate(records, 1):
             if isinstance(data, bytes) and len(data) > self.max_row:

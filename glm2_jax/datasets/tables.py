@@ -1,4 +1,5 @@
-"""Reads rows of tables as JSON objects: CSV and TSV, and Parquet by pyarrow."""
+"""Reads rows of tables as JSON objects: CSV and TSV, and Parquet by pyarrow; and the pieces of a
+plain text."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from glm2_jax.errors import InputError, shorten
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = b"PAR1"  # the first and last bytes of such a file
 _BOM = b"\xef\xbb\xbf"
+PIECE = 2**18  # bytes of a text after which its next line begins another piece
 _BATCH = 256  # rows of a Parquet file in memory at once
 
 Record = tuple[int, bytes | InputError]
@@ -54,6 +56,24 @@ def csv_records(file: BinaryIO, name: str, max_row: int) -> Iterator[Record]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{name}:{line}: not CSV", str(error)) from None
+
+
+def is_text(name: str) -> bool:
+    """Return whether a file is a plain text by its name."""
+    return name.lower().removesuffix(".gz").endswith(".txt")
+
+
+def text_records(file: BinaryIO, name: str, max_row: int) -> Iterator[Record]:
+    """Yield the pieces of a plain text as rows of the format "text", all but the last of which
+    another one continues. InputError as of `csv_records`."""
+    line, found, size = 1, [], 0
+    for number, text in enumerate(_text_lines(file, name, max_row), 1):
+        if size >= PIECE and text.strip():
+            yield line, _json({"text": "".join(found), "continues": True})
+            line, found, size = number, [], 0
+        found.append(text)
+        size += len(text.encode())
+    yield line, _json({"text": "".join(found)})
 
 
 def parquet_records(file: BinaryIO, name: str) -> Iterator[Record]:

@@ -25,6 +25,7 @@ from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.datasets.encode import Encoder
 from glm2_jax.datasets.rows import parse_row, read_rows
+from glm2_jax.datasets.texts import spans
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.runtime.gather import gathered
 from infer.engine.load import demo_folder
@@ -263,13 +264,9 @@ def prepare(
 
 def windows(prefix: tuple[int, ...], ids: Sequence[int], room: int, stride: int) -> Iterator[Item]:
     """Cut a text into items of at most `room` of its ids, in which every id counts once."""
-    done = 0
-    while done < len(ids):
-        end = min(done + (stride if done else room), len(ids))
-        start = max(end - room, 0)
-        before = len(prefix) + done - start
-        yield Item((*prefix, *ids[start:end]), (False,) * before + (True,) * (end - done))
-        done = end
+    for start, new, end in spans(len(ids), room, stride):
+        before = len(prefix) + new - start
+        yield Item((*prefix, *ids[start:end]), (False,) * before + (True,) * (end - new))
 
 
 def measure(engines: Sequence[Engine], material: Material, batch: int) -> list[Total]:

@@ -19,20 +19,21 @@ from tests.support.checkpoints import official_tensors
 def oracle_of(config: GLMConfig, params: Any) -> tuple[Any, Any, Any]:
     """(torch, peft, the torch module with our float32 params); skips without these packages."""
     peft = pytest.importorskip("peft", reason="the PEFT library is not installed")
-    torch, model = _oracle(config, params)
+    torch, model = torch_oracle(config, params)
     return torch, peft, model
 
 
 def torch_logits(config: GLMConfig, params: Any, tokens: Any, k: Any = None, v: Any = None) -> Any:
     """[T, V] of one row of ids, with the keys and values [L, P, K, H] of a prefix before it."""
-    torch, model = _oracle(config, params)
+    torch, model = torch_oracle(config, params)
     if k is not None:
         model.prefix = torch.tensor(np.stack([k, v])).movedim(3, 2)
     with torch.no_grad():
         return model(torch.tensor(np.asarray(tokens))[None])[0].numpy()
 
 
-def _oracle(config: GLMConfig, params: Any) -> tuple[Any, Any]:
+def torch_oracle(config: GLMConfig, params: Any) -> tuple[Any, Any]:
+    """(torch, the torch module with our float32 params); its `prefix` are keys and values."""
     torch = pytest.importorskip("torch", reason="the PyTorch reference is not installed")
     model = _build(torch, config)
     tensors = official_tensors(config, params, "float32")

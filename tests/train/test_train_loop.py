@@ -192,3 +192,30 @@ def test_the_outcome_of_a_run_is_refused_or_reported(capsys):
         "training loss 4 -> 1 (step 1 -> 3), 75 % lower",
         "validation loss not finite -> not finite (step 0 -> 3)",
     ]
+
+
+def diverging(state, batch, number):
+    """A loss that falls for 30 steps, and rises far above its lowest."""
+    return state + 1, metrics(2.0 - number / 20 if number < 30 else 9.0)
+
+
+def test_a_run_that_diverges_ends_and_keeps_an_earlier_checkpoint():
+    loop, position = make(total=90, step=diverging), Position()
+    with pytest.raises(InputError, match=r"has diverged: its loss is 8\.\d+ after step 5\d") as end:
+        loop.run(0, position)
+    assert end.value.exit_code == 3 and "lower --lr" in end.value.fix
+    assert loop.checkpoints.newest in range(28, 36) and 50 <= position.step < 60
+
+    state, saved = loop.checkpoints[28]
+    again = make(total=90, step=diverging)
+    with pytest.raises(InputError) as other:  # where it was stopped does not matter
+        again.run(state, Position.restored(saved, 28))
+    assert str(other.value) == str(end.value)
+    on = make("--stop-diverged", "off", total=90, step=diverging)
+    assert on.run(0, Position()) == 90 and 88 in on.checkpoints
+
+
+@pytest.mark.parametrize("loss", [lambda n: 0.001 + 0.3 * (n % 7 == 0), lambda n: 8.0 + n % 5])
+def test_losses_that_vary_have_not_diverged(loss):
+    loop = make(total=90, step=lambda state, batch, number: (state + 1, metrics(loss(number))))
+    assert loop.run(0, Position()) == 90

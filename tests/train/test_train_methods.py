@@ -11,6 +11,8 @@ import pytest
 
 from convert import load_checkpoint, open_folder
 from convert.adapters.adapter import load_adapter
+from glm2_jax import init_lora
+from glm2_jax.errors import UsageError
 from tests.support.checkpoints import save, tiny_config
 from tests.support.training_data import alpaca, learned_of, open_rows
 from train import full, lora, validation
@@ -48,6 +50,31 @@ def test_an_adapter_is_trained_beside_a_frozen_base(folder, tmp_path):
     written = load_adapter(tmp_path, folder.config)
     jax.tree.map(np.testing.assert_array_equal, written.lora.layers, changed.layers)
     assert written.base == method.checkpoint.fingerprint
+
+
+def test_a_new_adapter_of_dora_keeps_the_lengths_of_its_base(folder, tmp_path):
+    flags = ["--rank", "2", "--dtype", "float32", "--dora"]
+    method = AdapterMethod(folder, recipe(lora, *flags), ONE, quiet)
+    _, adapter = method.model(method.trained)
+    assert adapter is not None
+    for part in "qkv":
+        gain = adapter.layers["query_key_value"][f"gain_{part}"]
+        np.testing.assert_allclose(gain, 1, rtol=1e-6)
+    stored = method.trained.layers["query_key_value"]["magnitude_q"]
+    weights = np.asarray(method.base["layers"][0]["q"])
+    np.testing.assert_allclose(stored[0], np.linalg.norm(weights, axis=-1), rtol=1e-5)
+    method.write(tmp_path / "dora", method.trained)
+    start = ["--dtype", "float32", "--init-adapter", str(tmp_path / "dora")]
+    further = AdapterMethod(folder, recipe(lora, *start, "--dora"), ONE, quiet)
+    jax.tree.map(np.testing.assert_array_equal, further.trained.layers, method.trained.layers)
+    assert further.num_trained == method.num_trained
+    AdapterMethod(folder, recipe(lora, *flags[:-1]), ONE, quiet).write(
+        tmp_path / "plain", init_lora(folder.config, jax.random.key(0), rank=2)
+    )
+    with pytest.raises(UsageError, match=r"--dora \(it has none\)"):
+        AdapterMethod(
+            folder, recipe(lora, *start[:-1], str(tmp_path / "plain"), "--dora"), ONE, quiet
+        )
 
 
 def test_all_parameters_are_trained_in_float32(folder, tmp_path):

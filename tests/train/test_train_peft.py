@@ -3,6 +3,8 @@ schedules, what clipping and decay apply to."""
 
 import dataclasses
 import itertools
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,14 @@ from safetensors.numpy import load_file
 
 from convert import export_folder, load_checkpoint, open_folder
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
-from glm2_jax import init_lora
+from glm2_jax import LoRA, compiler_options, init_lora
 from tests.support.checkpoints import random_params, save, tiny_config
 from tests.support.peft_oracle import oracle_of
 from tests.support.toy import TOY, toy_params
 from train.data.batch import Batch
 from train.optim import Numbers, make_optimizer, make_schedule, warmup_steps
 from train.options import SCHEDULES
-from train.step import init_state, make_step
+from train.step import init_state, train_step
 
 SMALL = dataclasses.replace(TOY, num_layers=2)
 LR, STEPS = 1e-3, 10
@@ -36,10 +38,10 @@ def rows(step: int) -> Batch:
     return Batch(tokens, np.ones(shape, np.int32), positions, positions >= prompts)
 
 
-def theirs(torch, model):
-    """Losses and gradient norms of PEFT's steps."""
+def theirs(torch, model, lr=LR, decay=0.01, optimizer=None):
+    """Losses and gradient norms of the steps of a torch model, such as PEFT's."""
     weights = [x for x in model.parameters() if x.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.01)
+    optimizer = optimizer or torch.optim.AdamW(weights, lr=lr, weight_decay=decay)
     losses, norms = [], []
     for step in range(STEPS):
         batch, loss = rows(step), 0.0
@@ -60,12 +62,14 @@ def theirs(torch, model):
     return losses, norms
 
 
-def ours(config, params, lora, effective):
+def ours(config, params, lora, effective, lr=LR, decay=0.01, ratio=None):
     """The same of our steps, with numbers as arguments, and what they trained."""
-    schedule = make_schedule("constant", lr=LR, steps=STEPS)
+    schedule = make_schedule("constant", lr=lr, steps=STEPS)
     scaled = effective(lora) if effective else lora
-    numbers = Numbers.of(schedule, scaled, weight_decay=0.01, clip=0, noise=0)
-    step = make_step(config, effective=effective)
+    scaled = scaled if isinstance(scaled, LoRA) else None
+    numbers = Numbers.of(schedule, scaled, weight_decay=decay, clip=0, noise=0, ratio=ratio)
+    options: Any = compiler_options("cpu")
+    step = jax.jit(partial(train_step, config, None, effective=effective), compiler_options=options)
     lora = jax.tree.map(np.asarray, lora)
     state, losses, norms = init_state(numbers.optimizer(), lora), [], []
     for number in range(STEPS):
@@ -76,15 +80,15 @@ def ours(config, params, lora, effective):
     return losses, norms, lora
 
 
-def compare(folder, torch, wrapped, config, params):
+def compare(folder, torch, wrapped, config, params, optimizer=None, ratio=None):
     """An adapter of PEFT is trained by both: the same losses, norms and tensors."""
     wrapped.save_pretrained(str(folder / "start"))
-    losses, norms = theirs(torch, wrapped)
+    losses, norms = theirs(torch, wrapped, optimizer=optimizer)
     wrapped.save_pretrained(str(folder / "end"))
     start = load_adapter(folder / "start", config, apart=True)
     assert start.shape is not None
     effective = None if start.shape.is_plain else start.shape.effective
-    found = ours(config, params, start.lora, effective)
+    found = ours(config, params, start.lora, effective, ratio=ratio)
     print(f"losses differ by {np.abs(np.divide(found[0], losses) - 1).max():.1e}")
     np.testing.assert_allclose(found[0], losses, rtol=1e-5)
     np.testing.assert_allclose(found[1], norms, rtol=1e-3)
@@ -112,6 +116,20 @@ def trainable(torch, peft, model, **raw):
     torch.manual_seed(0)
     settings = {"r": 2, "lora_alpha": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     return peft.get_peft_model(model, peft.LoraConfig(**settings | raw))
+
+
+def test_ten_steps_of_dora_at_the_rates_of_lora_plus(tmp_path):
+    torch, peft, model = oracle_of(SMALL, toy_params(SMALL))
+    targets = ["query_key_value", "dense_4h_to_h"]
+    settings = {"use_dora": True, "use_rslora": True, "target_modules": targets}
+    wrapped = trainable(torch, peft, model, **settings)
+    optimizers = pytest.importorskip("peft.optimizers", reason="this PEFT has no LoRA+")
+    optimizer = optimizers.create_loraplus_optimizer(
+        wrapped, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=4.0, loraplus_weight_decay=0.01
+    )
+    groups = {group["lr"] for group in optimizer.param_groups if group["params"]}
+    assert groups == {LR, 4 * LR}
+    compare(tmp_path, torch, wrapped, SMALL, toy_params(SMALL), optimizer, 4.0)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -26,7 +26,7 @@ class Batches:
     """The batches of a dataset: A = `accumulate` micro-batches of B = `batch_size` rows per step.
 
     Every sequence of an epoch is in exactly one row. Packed rows are as wide as the dataset's
-    `max_length`; others as the smallest power of two from 64 that holds the longest row of the
+    `width`; others as the smallest power of two from 64 that holds the longest row of the
     step. The last step of an epoch may have empty rows. `rows` are the numbers below B of the rows
     to fill, the others are left empty; None = all.
     """
@@ -51,7 +51,7 @@ class Batches:
     @property
     def width(self) -> int:
         """The most tokens that a row has, with padding."""
-        limit = self.dataset.max_length
+        limit = self.dataset.width
         return limit if self.pack else bucket(int(max(self.dataset.lengths)), limit)
 
     def steps_per_epoch(self, epoch: int) -> int:
@@ -70,10 +70,13 @@ class Batches:
         plan, count, size = self._plan(epoch), self._rows_per_step, self.shape[1]
         rows = [plan.row(number) for number in range(step * count, (step + 1) * count)]
         lengths = [int(self.dataset.lengths[row].sum()) for row in rows]
-        limit = self.dataset.max_length
+        limit = self.dataset.width
         width = limit if self.pack else bucket(max(lengths), limit)
         filled = [row if n % size in self._wanted else row[:0] for n, row in enumerate(rows)]
-        samples = [[self.dataset.sample(index) for index in row.tolist()] for row in filled]
+        samples = [
+            [sample for index in row.tolist() for sample in self.dataset.samples(index)]
+            for row in filled
+        ]
         flat = make_batch(samples, width)
         batch = jax.tree.map(lambda x: x.reshape(*self.shape, width), flat)
         sources = [self.dataset.source(index) for row in rows for index in row.tolist()]
@@ -89,7 +92,7 @@ class Batches:
                 seed=self._seed,
                 shuffle=self._shuffle,
                 pack=self.pack,
-                width=self.dataset.max_length,
+                width=self.dataset.width,
                 rows_per_step=self._rows_per_step,
             )
             self._planned = (epoch, plan)

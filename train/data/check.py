@@ -27,7 +27,7 @@ def print_checks(options: DataOptions, dataset: Dataset, plot: str | None = None
         return None
     print(report(dataset))
     if plot is not None and len(dataset):
-        draw(dataset.lengths, dataset.max_length, plot)
+        draw(dataset.lengths, dataset.width, plot)
     return 3 if dataset.num_bad else 0
 
 
@@ -82,7 +82,7 @@ def _lengths(dataset: Dataset) -> list[str]:
     low, middle, high = np.percentile(dataset.lengths, (0, 50, 100)).astype(int)
     lines = [
         f"{counted(tokens, 'token')}, {learned} learned",
-        f"lengths {low} to {high}, median {middle}, allowed {dataset.max_length}:",
+        f"lengths {low} to {high}, median {middle}, allowed {dataset.width}:",
     ]
     edges, counts = histogram(dataset.lengths)
     for low, high, n in zip(edges, edges[1:], counts, strict=False):
@@ -110,13 +110,13 @@ def print_sample(dataset: Dataset, count: int) -> str:
     names = {number: name for name, number in tokenizer.special.items()}
     lines = []
     for index in range(min(count, len(dataset))):
-        sample = dataset.sample(index)
-        learned = sum(sample.learned)
         where = dataset.source(index)
-        lines.append(f"{where}: {len(sample.ids)} tokens, {learned} learned (*)")
-        for token, mark in zip(sample.ids, sample.learned, strict=True):
-            piece = names.get(token) or tokenizer.piece(token)
-            lines.append(f"{'*' if mark else ' '} {token:6} {piece}")
+        for sample in dataset.samples(index):
+            learned = sum(sample.learned)
+            lines.append(f"{where}: {len(sample.ids)} tokens, {learned} learned (*)")
+            for token, mark in zip(sample.ids, sample.learned, strict=True):
+                piece = names.get(token) or tokenizer.piece(token)
+                lines.append(f"{'*' if mark else ' '} {token:6} {piece}")
     return join_lines(lines)
 
 

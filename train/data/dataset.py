@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby, islice, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,9 +17,12 @@ from convert.loading.folder import Folder
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.text_input import parse_object
 from glm2_jax.config import GLMConfig
+from glm2_jax.datasets import PREFERENCE, TEXT
 from glm2_jax.datasets.encode import Encoder
 from glm2_jax.datasets.formats import Message, read_messages
 from glm2_jax.datasets.index import DataFile
+from glm2_jax.datasets.pairs import read_pair
+from glm2_jax.datasets.texts import Texts
 from glm2_jax.errors import InputError, UsageError
 from train.data.options import MAX_LENGTH, MIX_RATIO, DataOptions, split_weight
 from train.data.scan import COLUMNS, MAX_LISTED, Reading, cached_scan
@@ -72,7 +75,9 @@ class Dataset:
         cache: str | None = None,
     ):
         self.encoder, self.max_length = encoder, max_length
-        self._files = files = [DataFile(source.path) for source in sources]
+        self._files = files = [
+            DataFile(source.path, texts=TEXT in (source.fmt, preferred)) for source in sources
+        ]
         before, scans = 0, []
         with Progress("reading data", sum(file.size for file in files), show=human_size) as bar:
             for file, source in zip(files, sources, strict=True):
@@ -110,6 +115,11 @@ class Dataset:
         return self._columns["length"]
 
     @property
+    def width(self) -> int:
+        """The most tokens that a row may have: those of a pair are both in it."""
+        return self.max_length * (2 if any(fmt == PREFERENCE for _, _, fmt in self.files) else 1)
+
+    @property
     def learned(self) -> np.ndarray:
         """int32 [N], how many of them are learned."""
         return self._columns["learned"]
@@ -128,8 +138,21 @@ class Dataset:
         number = int(self._columns["number"][index])
         return Sample(*self.encoder.encode(self.messages(index), number))
 
+    def samples(self, index: int) -> list[Sample]:
+        """Return the sequences that one index stands for: one, or the two of a pair."""
+        fields, fmt = self._row(index)
+        if fmt != PREFERENCE:
+            return [self.sample(index)]
+        return [Sample(*self.encoder.encode(side, 0)) for side in read_pair(fields)]
+
     def messages(self, index: int) -> list[Message]:
-        """Return the complete conversation of a sequence; InputError if its row has changed."""
+        """Return the complete conversation of a sequence, of a pair the chosen one; InputError if
+        its row has changed."""
+        fields, fmt = self._row(index)
+        return read_pair(fields)[0] if fmt == PREFERENCE else read_messages(fields, fmt)
+
+    def _row(self, index: int) -> tuple[dict[str, Any], str]:
+        """Return the row of a sequence and its format; InputError if it has changed."""
         file = bisect_right(self._stops, index)
         offset, size, crc = (int(self._columns[name][index]) for name in ("offset", "size", "sum"))
         data = self._files[file].read(offset, size)
@@ -139,7 +162,7 @@ class Dataset:
                 "Training reads rows from their files again and again.",
                 "Do not change the files during a run; start it again.",
             )
-        return read_messages(parse_object(data), self.files[file][2])
+        return parse_object(data), self.files[file][2]
 
     def source(self, index: int) -> str:
         """Return where the row of a sequence is: "file:line", or "file, row N" in a file that has
@@ -200,8 +223,14 @@ class Dataset:
                 note(f"general sequences in an epoch: {count}, drawn from {stop - start}")
 
 
-def longest_row(options: DataOptions, config: GLMConfig) -> int:
-    """Return the most tokens that a row may have; UsageError for more than the model can have."""
+def widest_row(options: DataOptions, config: GLMConfig) -> int:
+    """Return the most tokens that a row may have; UsageError as of `longest_sequence`."""
+    return longest_sequence(options, config) * (2 if options.format == PREFERENCE else 1)
+
+
+def longest_sequence(options: DataOptions, config: GLMConfig) -> int:
+    """Return the most tokens that a sequence may have; UsageError for more than the model can
+    have."""
     longest = config.context_limit
     max_length = options.max_length or min(MAX_LENGTH, config.seq_length)
     if max_length > longest:
@@ -214,14 +243,20 @@ def open_dataset(options: DataOptions, folder: Folder, other: str | None = None)
 
     Raises UsageError where flags contradict each other or the model, else as `Dataset`.
     """
-    trained, max_length = folder.config.seq_length, longest_row(options, folder.config)
+    trained, max_length = folder.config.seq_length, longest_sequence(options, folder.config)
     if max_length > trained and other is None:
         note(f"warning: --max-length {max_length} is beyond {trained}, the length of its training")
     if options.mix_ratio is not None and options.mix_data is None:
         raise UsageError("--mix-ratio needs --mix-data.", fix="Name the file of general rows.")
     if options.mix_ratio is not None and options.mix_ratio >= 1:
         raise UsageError(f"--mix-ratio must be below 1, got {options.mix_ratio:g}.")
-    sources = [Source(other)] if other is not None else []
+    if options.stride is not None and options.format != TEXT:
+        raise UsageError("--stride needs --format text.", fix="Leave it out.")
+    texts = None
+    if options.format == TEXT:
+        texts = Texts(folder.tokenizer, max_length, options.stride)
+    fmt = PREFERENCE if options.format == PREFERENCE else "auto"
+    sources = [Source(other, fmt)] if other is not None else []
     if other is None:
         for text in options.data:
             path, weight = split_weight(text)
@@ -230,7 +265,7 @@ def open_dataset(options: DataOptions, folder: Folder, other: str | None = None)
             sources.append(Source(options.mix_data, share=options.mix_ratio or MIX_RATIO))
     return Dataset(
         sources,
-        Encoder(folder.tokenizer, folder.template, options.train_on_prompt),
+        Encoder(folder.tokenizer, folder.template, options.train_on_prompt, texts),
         max_length,
         preferred=None if options.format == "auto" else options.format,
         max_bad=None if options.check_data else options.max_bad,

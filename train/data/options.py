@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from glm2_jax.cli.arguments import above_zero, path_argument, positive, whole
 from glm2_jax.cli.parser import flag
-from glm2_jax.datasets import FORMATS
+from glm2_jax.datasets import FORMATS, TEXT
 
 MAX_LENGTH = 2048
 MIX_RATIO = 0.1
@@ -46,13 +46,19 @@ class DataOptions:
     format: str = flag(
         "keys of a row in --data: alpaca: instruction, input, output, history, system; sharegpt: "
         "conversations of from and value; messages: role and content; adgen: content, summary; "
-        "prompt: prompt, response, history; auto: detect from the first rows of each file. In "
-        "other files the format is detected; where their rows fit several, this one is used",
-        choices=("auto", *FORMATS), default="auto",
+        "prompt: prompt, response, history; text: plain text, a .txt file or rows with text, for "
+        "continued pre-training; auto: detect one of the others from the first rows of each file. "
+        "In other files the format is detected; where their rows fit several, this one is used",
+        choices=("auto", *FORMATS, TEXT), default="auto",
     )  # fmt: skip
     max_length: int | None = flag(
         "longest sequence in tokens; longer ones are bad rows, nothing is truncated (default: "
         f"{MAX_LENGTH}, or the limit of the model)",
+        type=positive, metavar="N",
+    )  # fmt: skip
+    stride: int | None = flag(
+        "with --format text: tokens between the starts of two sequences of a text; those that the "
+        "next one repeats are only its context (default: no overlap)",
         type=positive, metavar="N",
     )  # fmt: skip
     max_bad: int = flag("leave out up to N bad rows", type=whole, default=0, metavar="N")
@@ -62,7 +68,7 @@ class DataOptions:
     )
     pack: bool = flag(
         "pack several sequences into a row of --max-length tokens; they do not attend to each "
-        "other",
+        "other; --format text always does",
         action="store_true",
     )
     no_shuffle: bool = flag(
@@ -81,6 +87,7 @@ class DataOptions:
         "(default: the user's cache folder)",
         type=path_argument, metavar="DIR|off",
     )  # fmt: skip
+
     check_data: bool = flag(
         "read all rows, report what they hold and what is wrong with them, and stop; exit code 3 "
         "if there are bad rows",
@@ -90,3 +97,8 @@ class DataOptions:
         "print the tokens of the first N sequences and mark those that are learned",
         type=positive, metavar="N",
     )  # fmt: skip
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows hold several sequences."""
+        return self.pack or self.format == TEXT

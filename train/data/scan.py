@@ -27,9 +27,11 @@ import numpy as np
 
 from glm2_jax.cli.messages import note
 from glm2_jax.cli.text_input import parse_object
+from glm2_jax.datasets import PREFERENCE
 from glm2_jax.datasets.encode import Encoder
 from glm2_jax.datasets.formats import detect, read_messages, unknown_format, unused_keys
 from glm2_jax.datasets.index import DataFile, Row, no_rows
+from glm2_jax.datasets.pairs import SIDES, read_pair
 from glm2_jax.errors import InputError
 from glm2_jax.runtime.compile_cache import trim, user_cache
 
@@ -41,7 +43,7 @@ _FACTS = ("format", "by_line", "rows", "bad", "bad_reasons", "unused", "marked")
 _CODE = (
     "glm2_jax.text.prompt", "glm2_jax.text.tokenizer", "glm2_jax.text.roles",
     "glm2_jax.datasets.encode", "glm2_jax.datasets.formats", "glm2_jax.datasets.index",
-    "glm2_jax.datasets.tables", __name__,
+    "glm2_jax.datasets.pairs", "glm2_jax.datasets.tables", "glm2_jax.datasets.texts", __name__,
 )  # fmt: skip
 MAX_LISTED = 10_000  # bad rows whose reasons are kept; all are counted
 COLUMNS = {
@@ -136,7 +138,10 @@ def _agree(
 
 
 def _sequences(found: Scan, fields: dict[str, Any], reading: Reading) -> list[tuple[int, int, int]]:
-    """Return number, length and learned tokens of the sequences of a row: all of them, or none."""
+    """Return number, length and learned tokens of the sequences of a row: all of them, or none. A
+    pair counts as one."""
+    if found.format == PREFERENCE:
+        return [_pair(fields, reading)]
     messages = read_messages(fields, found.format)
     sequences = []
     # The last one is the longest: if it is too long, no other one has to be encoded.
@@ -149,6 +154,20 @@ def _sequences(found: Scan, fields: dict[str, Any], reading: Reading) -> list[tu
     answers = (message for message in messages if message["role"] == "assistant")
     found.marked += sum(not message.get("loss", True) for message in answers)
     return sequences[::-1]
+
+
+def _pair(fields: dict[str, Any], reading: Reading) -> tuple[int, int, int]:
+    total = count = 0
+    for key, messages in zip(SIDES, read_pair(fields), strict=True):
+        if not reading.encoder.count(messages):
+            raise InputError(f"{key} is marked as not to be learned")
+        ids, learned = reading.encoder.encode(messages, 0)
+        if len(ids) > reading.max_length:
+            raise InputError(
+                f"{key} is too long", f"{len(ids)} tokens, at most {reading.max_length}"
+            )
+        total, count = total + len(ids), count + sum(learned)
+    return 0, total, count
 
 
 def cached_scan(
@@ -220,7 +239,7 @@ def _key(digest: str, kind: str, reading: Reading) -> str:
         _code(), digest, kind, hashlib.sha256(tokenizer.model_bytes).hexdigest(), tokenizer.family,
         sorted(tokenizer.special.items()), sorted(map(repr, tokenizer.added.values())),
         encoder.template, encoder.train_on_prompt, reading.max_length, reading.fmt,
-        reading.preferred,
+        reading.preferred, None if encoder.texts is None else encoder.texts.stride,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

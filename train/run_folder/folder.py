@@ -21,7 +21,9 @@ from glm2_jax.processes import join
 
 MODEL = "model"  # the result of a training of all parameters
 # What must be the same where a training starts from the result of another.
-_OF_RESULT = ("command", "base", "template", "--rank", "--alpha", "--target", "--rslora")
+_OF_RESULT = ("command", "base", "template", "--rank", "--alpha", "--target", "--rslora", "--dora")
+# Command -> how another run starts from its result: a flag, the result's folder, a file in it.
+_FURTHER = {"lora": ("--init-adapter", "", CONFIG), "full": ("--model", MODEL, "config.json")}
 SEEN = ".seen"  # the first process makes it in a folder for a moment
 _IDENTITY, _NEW, _LOCK, _RECIPE = "run.json", "run.json.new", ".lock", "recipe.yml"
 
@@ -150,10 +152,11 @@ class RunFolder:
         identity = self._identity
         if any(known.get(name) != identity.get(name) for name in _OF_RESULT):
             return ""
-        if str(identity["command"]).endswith("lora"):
-            flag, result, proof = "--init-adapter", self.path, CONFIG
-        else:
-            flag, result, proof = "--model", self.path / MODEL, "config.json"
+        command = str(identity["command"]).rpartition(".")[2]
+        if command not in _FURTHER:
+            return ""
+        flag, folder, proof = _FURTHER[command]
+        result = self.path / folder
         when = "" if (result / proof).exists() else "once it has ended, "
         place = free_place(self.path, self.checkpoints if self._elsewhere else None)
         return f", or {when}start from its result: {flag} {shlex.quote(str(result))} {place}"

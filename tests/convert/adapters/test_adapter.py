@@ -118,7 +118,7 @@ def test_a_folder_keeps_its_other_files_and_its_last_adapter(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("convert.adapters.adapter.write_file", full)
+        patch.setattr("convert.files.replace.write_file", full)
         with pytest.raises(InputError, match="No space left"):
             written(tmp_path, seed=3)
     assert load_adapter(tmp_path, TINY).digest == second
@@ -182,7 +182,7 @@ SLOW = r"(\w+[._]?)+(\w+[._]?)+(\w+[._]?)+!"
     ("said", "changes"),
     {
         "not supported": [
-            {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["output_layer"]},
+            {"use_qalora": True}, {"bias": "all"}, {"modules_to_save": ["output_layer"]},
             {"init_lora_weights": "pissa_niter_4"}, {"target_parameters": ["mlp.weight"]},
             {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 8}, {"new": {"on": 1}},
         ],

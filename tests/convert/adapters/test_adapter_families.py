@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from convert.adapters.adapter import load_adapter
-from convert.adapters.tensors import layouts_of
+from convert.adapters.layouts import layouts_of
 from convert.layouts.names import rules_of
 from tests.convert.adapters.test_adapter_layouts import assert_equal_files, deltas, run
 from tests.glm2_jax.test_family_parity import pairs, params_of

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import open_folder, to_peft
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
-from convert.adapters.tensors import LAYOUTS
+from convert.adapters.layouts import LAYOUTS
 from convert.layouts.peft_config import read_peft_config
 from convert.loading.folder import fingerprint
 from glm2_jax.lora import TARGETS, LoRA
