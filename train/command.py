@@ -60,8 +60,7 @@ def make_parser(
     add_model_options(result)
     add_flags(result, "data", DataOptions, **others)
     if adapter is not None:
-        title, options = adapter
-        add_flags(result, title, options, **others).add_argument(
+        add_flags(result, adapter[0], adapter[1], **others).add_argument(
             "--quantize-base", choices=QUANTIZE,
             help="quantize the frozen base to int8 or int4 (QLoRA); none = dequantize a quantized "
             "checkpoint (default: as stored)",
