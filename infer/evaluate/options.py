@@ -62,8 +62,9 @@ class DataOptions:
 
     task: str = flag(
         "perplexity = of texts, or of the answers to questions; generation = BLEU, ROUGE and "
-        "METEOR of generated answers; choice = the most likely of A, B, C and D",
-        choices=("perplexity", "generation", "choice"), default="perplexity",
+        "METEOR of generated answers; choice = the most likely of A, B, C and D; cases = prompts "
+        "with checks of their answers; rate = a sheet on which people judge answers",
+        choices=("perplexity", "generation", "choice", "cases", "rate"), default="perplexity",
     )  # fmt: skip
     data: str | None = flag(
         'plain text, or rows as train.lora reads them, also {"text"} alone; for choice a csv '
@@ -133,6 +134,23 @@ class ChoiceOptions:
 
 
 @dataclass(frozen=True)
+class CasesOptions:
+    """Use cases as tests."""
+
+    cases: str | None = flag(
+        "YAML file of prompts with checks of their answers (docs/evaluation.md); exit code 4 if "
+        "one of them fails",
+        type=path_argument, metavar="FILE.yml",
+    )  # fmt: skip
+    repeat: int = _count(
+        "answers to each case, of which all must pass; above 1 needs --temperature", default=1
+    )
+    junit: str | None = flag(
+        "also write the result as JUnit XML, for a CI system", type=path_argument, metavar="FILE"
+    )
+
+
+@dataclass(frozen=True)
 class OutputOptions:
     """Where the figures and the answers go."""
 
@@ -149,7 +167,9 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DataOptions, PerplexityOptions, AnswerOptions, ChoiceOptions, OutputOptions):
+class Settings(
+    DataOptions, PerplexityOptions, AnswerOptions, ChoiceOptions, CasesOptions, OutputOptions
+):
     """The flags of the command, but those of several processes."""
 
     choice: ModelChoice
