@@ -37,6 +37,10 @@ def run(settings: Settings, given: Mapping[str, str]) -> int:
         from infer.evaluate.cases.run import run as run_cases
 
         return run_cases(settings)
+    if settings.task == "rate":
+        from infer.evaluate.rate.run import run as run_rate
+
+        return run_rate(settings, given)
     if settings.task == "generation":
         from infer.evaluate.generation import run as measure
     elif settings.task == "choice":
@@ -54,13 +58,15 @@ def check_flags(settings: Settings, given: Mapping[str, str]) -> None:
     for needed, fits, names in (
         ("--task perplexity", task == "perplexity", "compare against window stride"),
         ("--task choice", task == "choice", "shots two_pass"),
-        ("--task generation or cases", draws, "temperature top_p seed"),
+        ("--task generation or cases", draws, "temperature top_p"),
+        ("--task generation, cases or rate", draws or task == "rate", "seed"),
         ("--task generation, cases or --two-pass", draws or two_pass, "max_new_tokens"),
         ("--task perplexity or generation", task in ("perplexity", "generation"), "format"),
         ("--task generation or choice", task in ("generation", "choice"), "predictions"),
-        ("--task perplexity, generation or choice", task != "cases", "data max_bad"),
+        ("--task perplexity, generation or choice", task not in ("cases", "rate"), "data max_bad"),
         ("--task cases", task == "cases", "cases repeat junit"),
-        ("--predictions", settings.predictions, "overwrite"),
+        ("--task rate", task == "rate", "sheet answers scale limit rates drop_inattentive judge"),
+        ("--predictions or --task rate", settings.predictions or task == "rate", "overwrite"),
     ):
         if idle := [given[name] for name in names.split() if name in given and not fits]:
             why = f"With --task {task} and the other flags it has no effect."
