@@ -70,8 +70,8 @@ function intro() {
   return el("section", {},
     el("h1", {}, ab ? T("Which answer is better?", "哪个回答更好？") : T("How good are these answers?", "这些回答有多好？")),
     el("p", { class: "muted" }, ab
-      ? T("You see a question and two answers, in random order. Choose for each line: A, B, or no difference. Judge only what you see.", "每题有一个问题和两个回答，顺序随机。请逐项选择：A 更好、B 更好或差不多。只根据所见内容判断。")
-      : T("You see a question and an answer. Give 1 to 5 points in each line. Judge only what you see.", "每题有一个问题和一个回答。请逐项打 1 到 5 分。只根据所见内容判断。"), " ",
+      ? T("You see a question and two answers, in random order. Choose for each line: A, B, or the same. Judge only what you see. ", "每题有一个问题和两个回答，顺序随机。请逐项选择：A 更好、B 更好或差不多。只根据所见内容判断。")
+      : T("You see a question and an answer. Give 1 to 5 points in each line. Judge only what you see. ", "每题有一个问题和一个回答。请逐项打 1 到 5 分。只根据所见内容判断。"),
       T("Your progress stays in this browser; nothing is sent.", "进度保存在本浏览器中，不会发送任何内容。")),
     state.kept ? null : el("p", { class: "warn", role: "alert" }, T("This browser does not keep the progress: save the ratings before you close the page.", "此浏览器无法保存进度：关闭页面前请先保存评分。")));
 }
@@ -80,7 +80,7 @@ function intro() {
 function criterion(item, name) {
   const [title, meaning] = WORDS[name]();
   const marks = ab
-    ? [["A", T("A is better", "A 更好")], ["tie", T("no difference", "差不多")], ["B", T("B is better", "B 更好")]]
+    ? [["A", T("A is better", "A 更好")], ["tie", T("the same", "差不多")], ["B", T("B is better", "B 更好")]]
     : [1, 2, 3, 4, 5].map((mark) => [mark, String(mark)]);
   const chosen = (state.ratings[item.id] || {})[name];
   const button = ([mark, text]) => el("button", {

@@ -94,8 +94,8 @@ def make_sheet(systems: Sequence[System], scale: str, seed: int, limit: int | No
     drawn = drawn[:limit]
     numbers, count = range(len(drawn)), -(-len(drawn) // _EVERY)
     order = [("item", number) for number in numbers]
-    order += [("broken", number) for number in rng.sample(numbers, count)]
-    rng.shuffle(order)
+    for number in rng.sample(numbers, count):  # anywhere but at the start
+        order.insert(rng.randint(1, len(order)), ("broken", number))
     # Repeats come last: they have to be judged again, not remembered.
     order += [("repeat", number) for number in rng.sample(numbers, count)]
     ids = {one: f"{at:03}" for at, one in enumerate(order, 1)}
