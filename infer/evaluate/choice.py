@@ -198,7 +198,7 @@ def letter_logits(
             columns = np.zeros(rows, np.int32)
             columns[ending] = at[ending]
             values = engine.programs.call(
-                "letters", chunk.logits.shape, pick, chunk.logits, columns, ids
+                "letters", (*chunk.logits.shape, ids.size), pick, chunk.logits, columns, ids
             )
             result[np.take(numbers, ending)] = gathered(values)[ending]
     return finite(result)

@@ -57,8 +57,6 @@ def _read(path: str) -> dict[Key, str]:
             raise InputError(f"{where}: {error.what}", error.why, error.fix) from None
         found[prompt, seen[prompt]] = text
         seen[prompt] += 1
-    if not found:
-        raise InputError(f"{path} has no answers", fix=_FORM)
     return found
 
 
