@@ -55,7 +55,7 @@ def read_cases(path: str) -> list[Case]:
         cases = [reader.case(node) for node in root.value]
     except RecursionError:
         raise InputError(f"{path} is nested too deeply", fix=FORM) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # such as a date that does not exist
         raise InputError(f"{path} is not YAML", " ".join(str(error).split()), FORM) from None
     lines: dict[str, int] = {}
     for case in cases:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glm2_jax.datasets.rows import read_rows
+from glm2_jax.datasets.rows import checked_text, read_rows
 from glm2_jax.errors import InputError, UsageError
 
 _FORM = 'Write {"prompt": "...", "text": "..."}, as infer.generate --batch-file does.'
@@ -71,4 +71,4 @@ def _parse(row: Any) -> tuple[str, str]:
         prompt = "\n\n".join(f"{one.get('role')}: {one.get('content')}" for one in messages)
     if not isinstance(prompt, str) or not isinstance(text, str):
         raise InputError("no prompt with an answer", fix=_FORM)
-    return prompt, text
+    return checked_text(prompt), checked_text(text)

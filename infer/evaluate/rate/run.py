@@ -73,7 +73,7 @@ def judge_sheet(settings: Settings, path: Path) -> None:
     """Let a model rate, and write its ratings."""
     assert settings.judge is not None
     sheet = read_sheet(path)
-    name = Path(settings.judge).name or settings.judge
+    name = real_path(settings.judge).name
     out = path.with_name(f"{path.stem}.{name}.json")
     place = _free(out, settings.overwrite)
     from infer.evaluate.rate.judge import judge

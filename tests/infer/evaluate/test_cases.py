@@ -62,6 +62,8 @@ def one(checks: str) -> str:
     [
         ("a: b", 0, "has no cases"),
         ("[", 0, "is not YAML"),
+        ("- name: 2024-99-99", 0, "is not YAML"),
+        ("- name: !!python/name:os.system", 0, "is not YAML"),
         ("- [x]", 1, "expected names and values"),
         ("- prompt: a", 1, "a case needs a name"),
         ("- name: sum\n  checks: {number: 8}", 1, "case sum: prompt is missing"),
@@ -76,6 +78,7 @@ def one(checks: str) -> str:
         (one("contains: yes"), 4, "(?s)check contains\ngot True\nExpected a text"),
         (one("regex: '(a'"), 4, "(?s)check regex\nbad pattern '.a'.*regular expression"),
         (one("json_schema: {type: 3}"), 4, r"check json_schema\nbad schema at \$.type: 3"),
+        (one("json_schema: {pattern: (}"), 4, r"bad schema at \$.pattern"),
         (one("choice: {options: [A], answer: B}"), 4, "'B' is not among the options"),
         (one("number: {value: x}"), 4, "check number\nvalue is 'x'\nExpected a number"),
         (one("length: {most: 3}"), 4, "check length\nunknown key 'most'"),

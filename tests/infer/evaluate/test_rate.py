@@ -204,6 +204,9 @@ def test_answers_and_flags_that_do_not_fit(files, tmp_path):
         write_rows(one, rows)
         with pytest.raises(InputError, match=said):
             rate("--sheet", sheet, "--answers", files[0], one)
+    one.write_text('{"prompt": "\\ud800", "text": ""}')
+    with pytest.raises(InputError, match="one.jsonl:1: it has half of a character"):
+        rate("--sheet", sheet, "--answers", one)
     for names, said in (
         ([files[0]], "--answers names one file"),
         ([files[0], f"b={files[0]}"], "nothing to compare"),
