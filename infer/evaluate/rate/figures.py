@@ -109,17 +109,21 @@ def mean_scores(sheet: Sheet, raters: Sequence[Rater], seed: int) -> list[dict[s
     return rows
 
 
-def _resample(prompts: Sequence[str], seed: int) -> np.ndarray:
-    """Return the weights of values, float64 [DRAWS, values], in samples of their prompts."""
-    names, which = np.unique(np.array(prompts), return_inverse=True)
-    share = np.full(len(names), 1 / len(names))
-    return np.random.default_rng(seed).multinomial(len(names), share, DRAWS)[:, which].astype(float)
+def _resample(prompts: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of the prompt of each value, int [values], and how often each prompt is in
+    each bootstrap sample, float64 [DRAWS, prompts]."""
+    numbers: dict[str, int] = {}
+    which = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts])
+    share = np.full(len(numbers), 1 / len(numbers))
+    counts = np.random.default_rng(seed).multinomial(len(numbers), share, DRAWS)
+    return which, counts.astype(np.float64)
 
 
 def _interval(prompts: Sequence[str], values: np.ndarray, seed: int) -> tuple[float, float]:
     """Return the 2.5 % and 97.5 % percentiles of the mean over samples of prompts."""
-    weights = _resample(prompts, seed)
-    low, high = np.percentile(weights @ values / weights.sum(axis=1), [2.5, 97.5])
+    which, counts = _resample(prompts, seed)
+    means = counts @ np.bincount(which, values) / (counts @ np.bincount(which))
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -152,13 +156,13 @@ def strengths(sheet: Sheet, found: Sequence[Comparison], seed: int) -> list[dict
     size = len(sheet.models)
     if size < 2 or not found:
         return []
-    weights = np.vstack([np.ones(len(found)), _resample([one.prompt for one in found], seed)])
-    wins = np.zeros((len(weights), size, size))
-    for at, one in enumerate(found):
-        share = weights[:, at] / len(CRITERIA)
-        wins[:, one.first, one.second] += share * one.won
-        wins[:, one.second, one.first] += share * (1 - one.won)
-    points = _ELO * bradley_terry(wins)
+    which, counts = _resample([one.prompt for one in found], seed)
+    wins = np.zeros((counts.shape[1], size, size))  # of each prompt
+    for number, one in zip(which, found, strict=True):
+        wins[number, one.first, one.second] += one.won / len(CRITERIA)
+        wins[number, one.second, one.first] += (1 - one.won) / len(CRITERIA)
+    samples = np.tensordot(counts, wins, 1)
+    points = _ELO * bradley_terry(np.concatenate([wins.sum(axis=0)[None], samples]))
     low, high = np.percentile(points[1:], [2.5, 97.5], axis=0)
     rows = [
         {"model": name, "elo": float(points[0, at]), "low": float(low[at]), "high": float(high[at])}
@@ -177,12 +181,9 @@ def agreement(sheet: Sheet, raters: Sequence[Rater]) -> dict[str, float | None]:
         raise UsageError(what, str(error), "pip install 'glm2-jax[rate]'") from None
     found: dict[str, float | None] = {}
     for name in CRITERIA:
-        marks = np.array(
-            [
-                [rater.marks.get(item.id, {}).get(name, np.nan) for item in items_of(sheet)]
-                for rater in raters
-            ]
-        )
+        items = items_of(sheet)
+        rows = [[one.marks.get(item.id, {}).get(name, np.nan) for item in items] for one in raters]
+        marks = np.array(rows, np.float64).reshape(len(raters), len(items))
         shared = marks[:, (~np.isnan(marks)).sum(axis=0) >= 2]
         several = len(np.unique(shared[~np.isnan(shared)])) > 1
         found[name] = (

@@ -173,6 +173,8 @@ function draw() {
   document.title = T("Rating sheet", "评分表");
   document.getElementById("page").replaceChildren(
     topBar(), el("main", {}, state.at === 0 ? intro() : null, question(items[state.at]), jump(), save()));
+  const box = document.querySelector(".jump");
+  box.scrollTop = box.querySelector("[aria-current]").offsetTop - box.clientHeight / 2;
   document.documentElement.dataset.ready = "yes";
 }
 

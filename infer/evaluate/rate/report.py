@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from glm2_jax.cli.tables import columns, fold, table
@@ -46,8 +47,7 @@ def result(sheet: Sheet, raters: Sequence[Rater], drop: bool, seed: int) -> dict
                 "rater": rater.name,
                 "kind": rater.kind,
                 "rated": done,
-                "broken_failed": f"{seen.broken_failed} of {seen.broken}",
-                "repeats_failed": f"{seen.repeats_failed} of {seen.repeats}",
+                **asdict(seen),
                 "inattentive": seen.inattentive,
                 "left_out": dropped,
             }
@@ -120,7 +120,7 @@ def _rows(kind: str, rows: Sequence[Mapping[str, Any]], of: str = "") -> list[st
     """Return the lines of a table with its title, none without rows."""
     if not rows:
         return []
-    texts = sum(isinstance(value, str) and " of " not in value for value in rows[0].values())
+    texts = sum(isinstance(value, str) for value in rows[0].values())
     cells = [[name.replace("_", " ") for name in rows[0]]]
     for row in rows:
         cells.append([_cell(name, value, "win_rate" in row) for name, value in row.items()])

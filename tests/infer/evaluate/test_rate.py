@@ -9,7 +9,7 @@ import pytest
 from glm2_jax.errors import InputError, UsageError
 from infer.evaluate.__main__ import main
 from infer.evaluate.rate import judge as judging
-from infer.evaluate.rate.figures import bradley_terry
+from infer.evaluate.rate.figures import _interval, bradley_terry
 from infer.evaluate.rate.ratings import write_ratings
 from infer.evaluate.rate.sheet import BROKEN, CRITERIA, read_sheet
 from tests.support.training_data import write_rows
@@ -136,7 +136,8 @@ def test_inattentive_raters(sheet, capsys):
         rows.append(json.loads(capsys.readouterr().out))
     before, after = rows
     assert [row["inattentive"] for row in before["raters"]] == [False, True]
-    assert before["raters"][1]["repeats_failed"] == ("4 of 4" if ab else "0 of 4")
+    assert before["raters"][1]["repeats"] == 4
+    assert before["raters"][1]["repeats_failed"] == (4 if ab else 0)
     assert [row["left_out"] for row in after["raters"]] == [False, True]
     assert after["disagreements"] == [] and before["alpha_people"]["accuracy"] < 0.9
     assert after["alpha_people"]["accuracy"] is None  # of one rater
@@ -156,6 +157,14 @@ def test_bradley_terry():
     )
     two = bradley_terry(np.array([[0.0, 3], [1, 0]]))
     assert two[0] - two[1] == pytest.approx(np.log(3.5 / 1.5), abs=1e-8)
+
+
+def test_intervals_are_over_prompts():
+    """Ten raters who always agree are not ten times as sure."""
+    prompts, won = [str(n) for n in range(100)] * 10, np.array([0.0, 1] * 500)
+    low, high = _interval(prompts, won, 0)
+    assert (low + high) / 2 == pytest.approx(0.5, abs=0.02)
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 100**0.5, rel=0.15)
 
 
 def test_rating_files_with_mistakes(sheet, files, tmp_path):
