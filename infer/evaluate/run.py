@@ -60,7 +60,7 @@ def check_flags(settings: Settings, given: Mapping[str, str]) -> None:
         ("--task choice", task == "choice", "shots two_pass"),
         ("--task generation or cases", draws, "temperature top_p"),
         ("--task generation, cases or rate", draws or task == "rate", "seed"),
-        ("--task generation, cases or --two-pass", draws or two_pass, "max_new_tokens"),
+        ("--task generation or --two-pass, or --task cases", draws or two_pass, "max_new_tokens"),
         ("--task perplexity or generation", task in ("perplexity", "generation"), "format"),
         ("--task generation or choice", task in ("generation", "choice"), "predictions"),
         ("--task perplexity, generation or choice", task not in ("cases", "rate"), "data max_bad"),
