@@ -82,7 +82,7 @@ def parse_row(row: Any, fmt: str = "auto") -> str | list[Message]:
         return parse_conversation(row, fmt)
     if not row.strip():
         raise InputError("text is empty, or not a string")
-    return _checked(row)
+    return checked_text(row)
 
 
 def parse_conversation(row: Any, fmt: str = "auto") -> list[Message]:
@@ -96,11 +96,12 @@ def parse_conversation(row: Any, fmt: str = "auto") -> list[Message]:
     if found is None:
         raise unknown_format(row)
     messages = read_messages(row, found)
-    _checked(json.dumps(messages, ensure_ascii=False))
+    checked_text(json.dumps(messages, ensure_ascii=False))
     return messages
 
 
-def _checked(text: str) -> str:
+def checked_text(text: str) -> str:
+    """Return a text; InputError if it cannot be written as UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

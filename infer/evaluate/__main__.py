@@ -11,24 +11,29 @@ from glm2_jax.cli.parser import Parser, add_flags, from_flags
 from glm2_jax.processes import join
 from infer.evaluate.options import (
     AnswerOptions,
+    CasesOptions,
     ChoiceOptions,
     DataOptions,
     OutputOptions,
     PerplexityOptions,
+    RateOptions,
     Settings,
 )
 from infer.options import add_adapter_options, add_performance_options
 
 PROG = "python -m infer.evaluate"
 DESCRIPTION = """Measures perplexity, the similarity of generated answers to reference answers,
-or the accuracy on multiple-choice questions. Results go to standard output, everything else to
-standard error.
+the accuracy on multiple-choice questions, whether use cases pass their checks, or what people
+think of answers. Results go to standard output, everything else to standard error.
 
-Exit codes: 0 success, 2 usage, 3 bad input or data, 4 model or checkpoint, 5 out of memory or
-device, 130 interrupted, 143 terminated."""
+Exit codes: 0 success, 2 usage, 3 bad input or data, 4 model or checkpoint, or a case failed, 5 out
+of memory or device, 130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --compare none,int8,int4
   {PROG} --task generation --data dev.jsonl --predictions answers.jsonl
-  {PROG} --task choice --model chatglm2-6b --data ceval/val --two-pass"""
+  {PROG} --task choice --model chatglm2-6b --data ceval/val --two-pass
+  {PROG} --task cases --cases examples/cases/demo.yml --junit cases.xml
+  {PROG} --task rate --sheet sheet.html --answers old.jsonl new.jsonl
+  {PROG} --task rate --sheet sheet.html --rates ratings-*.json"""
 
 
 def parser() -> Parser:
@@ -38,12 +43,14 @@ def parser() -> Parser:
     add_model_options(result)
     add_adapter_options(result)
     add_flags(result, "perplexity", PerplexityOptions)
-    answers = add_flags(result, "generation, and the first pass of choice", AnswerOptions)
+    answers = add_flags(result, "generation, cases, and the first pass of choice", AnswerOptions)
     answers.add_argument(
         "--max-length", type=positive, metavar="N",
         help="prompt and answer together, in tokens (default: 8192, at most what the model has)",
     )  # fmt: skip
     add_flags(result, "choice", ChoiceOptions)
+    add_flags(result, "cases", CasesOptions)
+    add_flags(result, "rate", RateOptions)
     add_performance_options(result, mesh=True)
     join.add_host_options(result)
     add_flags(result, "output", OutputOptions)

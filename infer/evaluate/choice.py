@@ -171,21 +171,23 @@ def _with_blank(engine: Engine, exam: Exam, text: str, mask: str = "[MASK]") -> 
     return with_blank(engine.tokenizer, engine.template, text, mask)
 
 
-def letter_ids(engine: Engine) -> tuple[list[int], list[int]]:
+def letter_ids(engine: Engine, letters: Sequence[str] = LETTERS) -> tuple[list[int], list[int]]:
     """Return the ids that all answers "A" to "D" begin with (none in the published tokenizers), and
     the ids that follow, one per letter; CheckpointError where they are not different."""
-    ids = [engine.tokenizer.encode(letter) for letter in LETTERS]
+    ids = [engine.tokenizer.encode(letter) for letter in letters]
     common = os.path.commonprefix(ids)  # of any sequences
     different = [one[len(common)] for one in ids if len(one) > len(common)]
-    if len(set(different)) < len(LETTERS):
-        raise CheckpointError("the tokenizer has no separate ids for A, B, C and D")
+    if len(set(different)) < len(letters):
+        *first, last = letters
+        names = f"{', '.join(first)} and {last}"
+        raise CheckpointError(f"the tokenizer has no separate ids for {names}")
     return list(common), different
 
 
 def letter_logits(
     engine: Engine, prompts: Sequence[Sequence[int]], letters: Sequence[int], batch: int
 ) -> np.ndarray:
-    """Return float32 [prompts, 4]: the logits of the letters after each prompt."""
+    """Return float32 [prompts, letters]: the logits of the letters after each prompt."""
     result = np.zeros((len(prompts), len(letters)), np.float32)
     ids = np.array(letters, np.int32)
     for numbers, (chunk,) in read_all([engine], prompts, batch):
@@ -196,7 +198,7 @@ def letter_logits(
             columns = np.zeros(rows, np.int32)
             columns[ending] = at[ending]
             values = engine.programs.call(
-                "letters", chunk.logits.shape, pick, chunk.logits, columns, ids
+                "letters", (*chunk.logits.shape, ids.size), pick, chunk.logits, columns, ids
             )
             result[np.take(numbers, ending)] = gathered(values)[ending]
     return finite(result)

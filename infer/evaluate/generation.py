@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from glm2_jax.cli.files import cannot_write_file, real_path, replace_file, require_file_place
@@ -17,7 +18,7 @@ from glm2_jax.datasets.encode import Encoder
 from glm2_jax.datasets.rows import parse_conversation, read_rows
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.processes import join
-from infer.engine.answer import Message
+from infer.engine.answer import Completion, Message
 from infer.engine.params import SamplingParams
 from infer.evaluate.rows import BUNDLED, BadRows, data_file
 from infer.startup import note_demo_model, open_engine
@@ -29,14 +30,7 @@ if TYPE_CHECKING:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Answer and score, or score an existing file; returns the figures."""
-    try:
-        from infer.evaluate import metrics
-    except ImportError as error:
-        raise UsageError(
-            f"{error.name} is not installed, and --task generation needs it",
-            str(error),
-            "pip install 'glm2-jax[evaluate]'",
-        ) from None
+    metrics = open_metrics("--task generation")
     bad = BadRows(settings.max_bad)
     source = {"predictions": settings.predictions}
     if settings.predictions and not settings.data:
@@ -47,11 +41,21 @@ def run(settings: Settings) -> dict[str, Any]:
     return {**source, "bad_rows": bad.count, **metrics.score(predictions, labels)}
 
 
+def open_metrics(user: str) -> ModuleType:
+    """Return the module of the metrics; UsageError where `user`, which needs it, cannot have it."""
+    try:
+        from infer.evaluate import metrics
+    except ImportError as error:
+        raise UsageError(
+            f"{error.name} is not installed, and {user} needs it",
+            str(error),
+            "pip install 'glm2-jax[evaluate]'",
+        ) from None
+    return metrics
+
+
 def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
-    sampling = SamplingParams(
-        temperature=settings.temperature, top_p=settings.top_p, top_k=0, seed=settings.seed,
-        max_new_tokens=settings.max_new_tokens,
-    )  # fmt: skip
+    sampling = sampling_of(settings)
     check_output(settings.predictions, settings.data, settings.overwrite)
     parse = partial(parse_conversation, fmt=settings.format)
     found = bad.keep(read_rows(data_file(settings.data)), parse)
@@ -82,6 +86,14 @@ def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
     return labels, texts
 
 
+def sampling_of(settings: Settings) -> SamplingParams:
+    """Return how answers are drawn."""
+    return SamplingParams(
+        temperature=settings.temperature, top_p=settings.top_p, top_k=0, seed=settings.seed,
+        max_new_tokens=settings.max_new_tokens,
+    )  # fmt: skip
+
+
 def checked(engine: Engine, ids: list[int]) -> list[int]:
     """Return the ids of a prompt; InputError if they leave no room for an answer."""
     if len(ids) >= engine.max_length:
@@ -95,17 +107,25 @@ def checked(engine: Engine, ids: list[int]) -> list[int]:
 def answers(
     engine: Engine, prompts: Sequence[list[int]], sampling: SamplingParams, batch: int, clean: bool
 ) -> Iterator[tuple[int, str]]:
-    """Yield the index and the answer of each prompt, `batch` of them at a time and the longest
+    """Yield the index and the answer of each prompt, as `completions`."""
+    found = completions(engine, prompts, sampling, batch, clean)
+    return ((number, one.text) for number, one in found)
+
+
+def completions(
+    engine: Engine, prompts: Sequence[list[int]], sampling: SamplingParams, batch: int, clean: bool
+) -> Iterator[tuple[int, Completion]]:
+    """Yield the index and the completion of each prompt, `batch` of them at a time and the longest
     first; `clean`: as in `Engine.stream`."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     with Progress("answers", len(prompts)) as bar:
         for first in range(0, len(order), batch):
             numbers = order[first : first + batch]
             ids = [prompts[number] for number in numbers]
-            completions = engine.complete(ids, sampling, row_ids=numbers, clean=clean)
-            bar.start += max(one.stats.compile_s for one in completions)  # not part of the rate
+            found = engine.complete(ids, sampling, row_ids=numbers, clean=clean)
+            bar.start += max(one.stats.compile_s for one in found)  # not part of the rate
             bar(first + len(numbers))
-            yield from zip(numbers, (one.text for one in completions), strict=True)
+            yield from zip(numbers, found, strict=True)
 
 
 def read_predictions(path: str, bad: BadRows) -> tuple[list[str], list[str]]:

@@ -62,8 +62,9 @@ class DataOptions:
 
     task: str = flag(
         "perplexity = of texts, or of the answers to questions; generation = BLEU, ROUGE and "
-        "METEOR of generated answers; choice = the most likely of A, B, C and D",
-        choices=("perplexity", "generation", "choice"), default="perplexity",
+        "METEOR of generated answers; choice = the most likely of A, B, C and D; cases = prompts "
+        "with checks of their answers; rate = a sheet on which people judge answers",
+        choices=("perplexity", "generation", "choice", "cases", "rate"), default="perplexity",
     )  # fmt: skip
     data: str | None = flag(
         'plain text, or rows as train.lora reads them, also {"text"} alone; for choice a csv '
@@ -133,6 +134,55 @@ class ChoiceOptions:
 
 
 @dataclass(frozen=True)
+class CasesOptions:
+    """Use cases as tests."""
+
+    cases: str | None = flag(
+        "YAML file of prompts with checks of their answers (docs/evaluation.md); exit code 4 if "
+        "one of them fails",
+        type=path_argument, metavar="FILE.yml",
+    )  # fmt: skip
+    repeat: int = _count(
+        "answers to each case, of which all must pass; above 1 needs --temperature", default=1
+    )
+    junit: str | None = flag(
+        "also write the result as JUnit XML, for a CI system", type=path_argument, metavar="FILE"
+    )
+
+
+@dataclass(frozen=True)
+class RateOptions:
+    """A sheet on which answers are judged."""
+
+    sheet: str | None = flag(
+        "the sheet, a page for any browser; its key, FILE.key.json, says which model gave which "
+        "answer: keep it to yourself, next to the sheet",
+        type=path_argument, metavar="FILE.html",
+    )  # fmt: skip
+    answers: list[str] | None = flag(
+        "write a sheet with these answers: JSON lines of infer.generate --batch-file, or of "
+        "--predictions, a file for each model; NAME= names the model (default: by the file)",
+        nargs="+", type=path_argument, metavar="[NAME=]F",
+    )  # fmt: skip
+    scale: str = flag(
+        "ab = which of two answers is better, blind; 1-5 = a score for each answer",
+        choices=("ab", "1-5"), default="ab",
+    )  # fmt: skip
+    limit: int | None = _count("items on the sheet, drawn by --seed (default: all)")
+    rates: list[str] | None = flag(
+        "read the rating files of a sheet: win rates, Bradley-Terry, agreement, disagreements",
+        nargs="+", type=path_argument, metavar="FILE",
+    )  # fmt: skip
+    drop_inattentive: bool = flag(
+        "leave out raters who fail the attention checks", action="store_true"
+    )
+    judge: str | None = flag(
+        "let a model rate a sheet; writes FILE.NAME.json, a rating file labelled as a model's",
+        type=path_argument, metavar="DIR|NAME",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class OutputOptions:
     """Where the figures and the answers go."""
 
@@ -143,13 +193,17 @@ class OutputOptions:
         type=path_argument, metavar="F",
     )  # fmt: skip
     overwrite: bool = flag(
-        "replace an existing --predictions file, also the partial one of an interrupted run",
+        "replace an existing sheet, rating file or --predictions file, also the partial one of an "
+        "interrupted run",
         action="store_true",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DataOptions, PerplexityOptions, AnswerOptions, ChoiceOptions, OutputOptions):
+class Settings(
+    DataOptions, PerplexityOptions, AnswerOptions, ChoiceOptions, CasesOptions, RateOptions,
+    OutputOptions,
+):  # fmt: skip
     """The flags of the command, but those of several processes."""
 
     choice: ModelChoice

@@ -33,6 +33,14 @@ def run(settings: Settings, given: Mapping[str, str]) -> int:
     `given` has the destinations and names of the flags that differ from their defaults.
     """
     check_flags(settings, given)
+    if settings.task == "cases":
+        from infer.evaluate.cases.run import run as run_cases
+
+        return run_cases(settings)
+    if settings.task == "rate":
+        from infer.evaluate.rate.run import run as run_rate
+
+        return run_rate(settings, given)
     if settings.task == "generation":
         from infer.evaluate.generation import run as measure
     elif settings.task == "choice":
@@ -46,14 +54,19 @@ def run(settings: Settings, given: Mapping[str, str]) -> int:
 def check_flags(settings: Settings, given: Mapping[str, str]) -> None:
     """Raise UsageError for flags that have no effect together; `given` as in `run`."""
     task, two_pass = settings.task, settings.two_pass
+    draws = task in ("generation", "cases")
     for needed, fits, names in (
         ("--task perplexity", task == "perplexity", "compare against window stride"),
         ("--task choice", task == "choice", "shots two_pass"),
-        ("--task generation", task == "generation", "temperature top_p seed"),
-        ("--task generation or --two-pass", task == "generation" or two_pass, "max_new_tokens"),
-        ("--task perplexity or generation", task != "choice", "format"),
-        ("--task generation or choice", task != "perplexity", "predictions"),
-        ("--predictions", settings.predictions, "overwrite"),
+        ("--task generation or cases", draws, "temperature top_p"),
+        ("--task generation, cases or rate", draws or task == "rate", "seed"),
+        ("--task generation or --two-pass, or --task cases", draws or two_pass, "max_new_tokens"),
+        ("--task perplexity or generation", task in ("perplexity", "generation"), "format"),
+        ("--task generation or choice", task in ("generation", "choice"), "predictions"),
+        ("--task perplexity, generation or choice", task not in ("cases", "rate"), "data max_bad"),
+        ("--task cases", task == "cases", "cases repeat junit"),
+        ("--task rate", task == "rate", "sheet answers scale limit rates drop_inattentive judge"),
+        ("--predictions or --task rate", settings.predictions or task == "rate", "overwrite"),
     ):
         if idle := [given[name] for name in names.split() if name in given and not fits]:
             why = f"With --task {task} and the other flags it has no effect."
@@ -72,6 +85,11 @@ def check_flags(settings: Settings, given: Mapping[str, str]) -> None:
         raise UsageError(
             "--task choice needs --data", "No questions are bundled.", "Name a csv file or folder."
         )
+    if task == "cases" and not settings.cases:
+        raise UsageError("--task cases needs --cases FILE.yml", fix="Name a file of cases.")
+    if settings.repeat > 1 and not settings.temperature:
+        why = "Greedy answers are all the same."
+        raise UsageError(f"--repeat {settings.repeat} needs --temperature", why, "Add it.")
     compared = settings.compare or ()
     for name in ("quantize", "dtype") if compared else ():
         value = getattr(settings.choice, name)

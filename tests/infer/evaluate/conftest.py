@@ -6,6 +6,7 @@ import pytest
 
 from infer.evaluate import choice, generation, perplexity
 from infer.evaluate.__main__ import main
+from infer.evaluate.cases import run as cases
 from tests.support.engine_toy import toy_engine, warm_engine
 
 
@@ -16,7 +17,7 @@ def engine():
 
 @pytest.fixture
 def toy(engine, monkeypatch):
-    for module in (perplexity, generation, choice):
+    for module in (perplexity, generation, choice, cases):
         monkeypatch.setattr(module, "open_engine", lambda *args, **kwargs: engine)
     return engine
 

@@ -1,7 +1,6 @@
-"""A real browser for the chat page, and a check that it never breaks the security policy."""
+"""The chat page in a real browser, and a check that it never breaks the security policy."""
 
 import gc
-import shutil
 import warnings
 from collections.abc import Iterator
 
@@ -9,16 +8,6 @@ import pytest
 
 from tests.support.chat_mock import ChatMock, chat_mock
 from tests.support.chat_page import ChatPage
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--disable-default-apps", "--no-pings",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +17,6 @@ def collected():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gc.collect()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium here")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""`--task cases`: use cases as tests: prompts with checks of their answers."""
