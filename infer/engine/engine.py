@@ -226,7 +226,9 @@ class Engine:
             reused=reused,
             multiple=self.executor.places.rows,
         )
-        return Scheduler(self.executor, batch, draft=self.speculate)
+        drafts = self.config.idea.drafts
+        draft = drafts or self.speculate
+        return Scheduler(self.executor, batch, draft=draft, by_idea=drafts > 0)
 
     def rows(
         self,

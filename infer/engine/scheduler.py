@@ -29,12 +29,11 @@ Stage = tuple[State, list[TokenEvent]]
 
 
 class Scheduler:
-    """Answers the rows of one batch; each step drafts and verifies `draft` tokens, 0 = off, or as
-    many as the configuration's idea drafts."""
+    """Answers the rows of one batch; each step drafts and verifies `draft` tokens, 0 = off; drafted
+    by the configuration's idea, or taken from the text."""
 
-    def __init__(self, executor: Executor, batch: Batch, *, draft: int = 0):
-        self._by_idea = executor.config.idea.drafts > 0
-        self.batch, self._draft = batch, executor.config.idea.drafts or draft
+    def __init__(self, executor: Executor, batch: Batch, *, draft: int = 0, by_idea: bool = False):
+        self.batch, self._draft, self._by_idea = batch, draft, by_idea
         # A session reads all prompts into a cache that was made before: those after the first then
         # need no other programs.
         self._separate_cache = batch.reused is not None
