@@ -29,14 +29,7 @@ if TYPE_CHECKING:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Answer and score, or score an existing file; returns the figures."""
-    try:
-        from infer.evaluate import metrics
-    except ImportError as error:
-        raise UsageError(
-            f"{error.name} is not installed, and --task generation needs it",
-            str(error),
-            "pip install 'glm2-jax[evaluate]'",
-        ) from None
+    metrics = load_metrics("--task generation")
     bad = BadRows(settings.max_bad)
     source = {"predictions": settings.predictions}
     if settings.predictions and not settings.data:
@@ -45,6 +38,19 @@ def run(settings: Settings) -> dict[str, Any]:
         labels, predictions = _generate(settings, bad)
         source = {"data": settings.data or BUNDLED, **source}
     return {**source, "bad_rows": bad.count, **metrics.score(predictions, labels)}
+
+
+def load_metrics(what: str) -> Any:
+    """Return the module of metrics; UsageError, which names `what` needs it, without the extra."""
+    try:
+        from infer.evaluate import metrics
+    except ImportError as error:
+        raise UsageError(
+            f"{error.name} is not installed, and {what} needs it",
+            str(error),
+            "pip install 'glm2-jax[evaluate]'",
+        ) from None
+    return metrics
 
 
 def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
@@ -62,16 +68,7 @@ def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
     note_demo_model(settings.choice)
     batch, contents = settings.batch_size, {"questions and answers": [row for _, row in rows]}
     engine = open_engine(settings.choice, settings.options, rows=batch, contents=contents)
-    encoder = Encoder(engine.tokenizer, engine.template)
-
-    def prompt(messages: list[dict[str, Any]]) -> tuple[list[int], str, str]:
-        ids, wanted = encoder.question(messages), messages[-1]
-        question = messages[0 if engine.written.fills else -2]
-        # The label has the form of a generated answer.
-        label = Message("assistant", wanted.get("metadata") or "", wanted["content"]).text
-        return checked(engine, ids), question["content"], label
-
-    asked = bad.keep(rows, prompt)
+    asked = bad.keep(rows, partial(ask, engine))
     bad.check(len(asked))
     prompts, questions, labels = map(list, zip(*(row for _, row in asked), strict=True))
     texts, clean = [""] * len(asked), engine.written.chat
@@ -80,6 +77,15 @@ def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
             texts[at] = text
             write(at, {"prompt": questions[at], "labels": labels[at], "predict": text})
     return labels, texts
+
+
+def ask(engine: Engine, messages: Sequence[dict[str, Any]]) -> tuple[list[int], str, str]:
+    """Return the ids of the question to the last answer of a conversation, its text, and that
+    answer in the form of a generated one; InputError as `Encoder.question` and `checked`."""
+    ids, wanted = Encoder(engine.tokenizer, engine.template).question(messages), messages[-1]
+    question = messages[0 if engine.written.fills else -2]
+    label = Message("assistant", wanted.get("metadata") or "", wanted["content"]).text
+    return checked(engine, ids), question["content"], label
 
 
 def checked(engine: Engine, ids: list[int]) -> list[int]:
