@@ -28,6 +28,7 @@ from train.recipe import AdapterOptions, Recipe
 from train.run_folder.folder import MODEL
 
 Progress = Callable[[int, int], None]
+Load = Callable[[Folder, ModelChoice, Devices, Progress], Checkpoint]
 
 
 class Method(ABC):
@@ -57,20 +58,23 @@ class Method(ABC):
 
 
 class AdapterMethod(Method):
-    """Trains an adapter of a frozen base, which may be quantized.
+    """Trains an adapter of a frozen base, which may be quantized; `load` may share it between runs.
 
     Raises UsageError for flags that contradict the adapter, CheckpointError where the base or the
     first adapter cannot be opened, or they do not fit.
     """
 
-    def __init__(self, folder: Folder, recipe: Recipe, devices: Devices, progress: Progress):
-        adapter = _first_adapter(folder, recipe)
+    def __init__(
+        self, folder: Folder, recipe: Recipe, devices: Devices, progress: Progress,
+        load: Load | None = None,
+    ):  # fmt: skip
+        adapter = first_adapter(folder, recipe)
         remat = recipe.training.grad_checkpoint
         layers = layers_to_train(
             devices.first.platform, on_mesh=devices.mesh is not None, remat=bool(remat)
         )
         choice = dataclasses.replace(recipe.choice, layers=layers)
-        checkpoint = _load(folder, choice, devices, progress)
+        checkpoint = (load or load_base)(folder, choice, devices, progress)
         self.base, self.dtype = checkpoint.params, None
         self.computed = self.base["embed"].dtype
         places = None if devices.mesh is None else lora_sharding(adapter.lora, devices.mesh)
@@ -103,7 +107,7 @@ class FullMethod(Method):
 
     def __init__(self, folder: Folder, recipe: Recipe, devices: Devices, progress: Progress):
         choice = dataclasses.replace(recipe.choice, dtype="float32", quantize="none")
-        self.checkpoint = _load(folder, choice, devices, progress)
+        self.checkpoint = load_base(folder, choice, devices, progress)
         self.base, self.trained = None, self.checkpoint.params
         self.dtype = self.computed = resolve_dtype(
             recipe.choice.dtype, num_params=folder.config.num_params, device=devices.first
@@ -122,7 +126,10 @@ class FullMethod(Method):
         return result
 
 
-def _load(folder: Folder, choice: ModelChoice, devices: Devices, progress: Progress) -> Checkpoint:
+def load_base(
+    folder: Folder, choice: ModelChoice, devices: Devices, progress: Progress
+) -> Checkpoint:
+    """Load the model to start from."""
     return load_checkpoint(
         folder.path,
         dtype=choice.dtype,
@@ -135,7 +142,7 @@ def _load(folder: Folder, choice: ModelChoice, devices: Devices, progress: Progr
     )
 
 
-def _first_adapter(folder: Folder, recipe: Recipe) -> Adapter:
+def first_adapter(folder: Folder, recipe: Recipe) -> Adapter:
     """Return a new adapter, or the one to start from."""
     options = recipe.adapter
     assert options is not None

@@ -77,8 +77,7 @@ def run(recipe: Recipe, make_method: MakeMethod, watcher: Watcher | None = None)
     output = recipe.output
     enable_compile_cache(recipe.compile_cache, warn=note)
     note_demo_model(recipe.choice)
-    path = find_choice(recipe.choice).path
-    folder = open_folder(path or demo_folder(), **recipe.choice.form)
+    folder = find_folder(recipe)
     for line in folder.notes if recipe.data.check_data else ():  # a run notes them when it loads
         note(line)
     dataset = open_dataset(recipe.data, folder)
@@ -105,6 +104,12 @@ def run(recipe: Recipe, make_method: MakeMethod, watcher: Watcher | None = None)
             method = make_method(folder, recipe, devices, bar.update)
         with jax.default_device(devices.first):
             return _train(recipe, out, method, batches, total, sets, devices, watcher)
+
+
+def find_folder(recipe: Recipe) -> Folder:
+    """Return the folder of the base model."""
+    path = find_choice(recipe.choice).path
+    return open_folder(path or demo_folder(), **recipe.choice.form)
 
 
 def _check(recipe: Recipe) -> None:

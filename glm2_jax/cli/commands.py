@@ -22,6 +22,7 @@ COMMANDS = {
     "launch": ("infer.launch", "start one run of several processes"),
     "lora": ("train.lora", "fine-tune a LoRA adapter"),
     "full": ("train.full", "fine-tune all parameters"),
+    "sweep": ("train.sweep", "search for good settings of fine-tuning"),
     "train-bench": ("train.bench", "measure training speed"),
     "train-demo": ("train.demo", "train the demo model again"),
     "inspect": ("convert.inspect", "show what a checkpoint folder holds"),

@@ -20,7 +20,7 @@ ROOMS = {
         "memory", "tuning", "engine", "batching", "requests", "infer.",
         "doctor", "bench", "chat", "evaluate", "explain", "fill", "generate", "selftest", "serve",
     ),
-    "train": ("run_folder", "data", "train.", "demo"),
+    "train": ("run_folder", "data", "train.", "demo", "sweep"),
 }  # fmt: skip
 WINGS = set(ROOMS["infer"][6:])  # the rooms of the commands, of which none knows another
 

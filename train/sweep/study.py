@@ -1,0 +1,185 @@
+"""The trials of a sweep in a SQLite file: what comes next, whatever ended the process before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import sqlalchemy.exc
+from optuna.trial import TrialState
+
+from glm2_jax.errors import InputError, UsageError, shorten
+from train.data.plan import random_order
+from train.sweep.options import TRIALS, SweepOptions
+from train.sweep.space import Choices, Range, Space, grid_point, grid_size
+
+FILE = "study.db"
+_IDENTITY = "identity"
+_REDUCTION = 3  # of so many trials one goes on
+ROUNDS = _REDUCTION**2  # evaluations of a run
+
+
+class Study:
+    """The trials of a search in a space.
+
+    The numbers that a search draws depend on the seed and on the number of the trial alone, so a
+    study that was killed tries the same points as one that was not. `identity` is what its results
+    depend on, as JSON values.
+
+    Raises UsageError where the file holds a study of another identity, or any with `resume="none"`;
+    InputError where it is no study.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        space: Space,
+        options: SweepOptions,
+        identity: Mapping[str, Any],
+        *,
+        seed: int,
+        resume: str,
+    ):
+        self.path, self.space, self._options, self._seed = folder / FILE, space, options, seed
+        size = grid_size(space) if options.search == "grid" else None
+        self.wanted = options.trials or size or TRIALS
+        if size is not None:
+            self.wanted = min(self.wanted, size)
+            self._order = random_order(size, seed)
+        halving = optuna.pruners.SuccessiveHalvingPruner(1, _REDUCTION)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        try:
+            self._storage = optuna.storages.RDBStorage(f"sqlite:///{self.path}")
+            self._study = optuna.create_study(
+                storage=self._storage,
+                study_name="sweep",
+                direction="maximize" if options.maximize else "minimize",
+                pruner=halving if options.prune == "halving" else optuna.pruners.NopPruner(),
+                load_if_exists=True,
+            )
+            known = self._study.user_attrs.get(_IDENTITY)
+        except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError) as error:
+            reason = str(error).splitlines()[0][:300]
+            fix = "Name another --output."
+            raise InputError(f"{self.path} cannot be used as a study", reason, fix) from error
+        if known is None:
+            self._study.set_user_attr(_IDENTITY, dict(identity))
+        else:
+            self._check(known, identity, resume)
+
+    def __enter__(self) -> Study:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    def _check(self, known: Mapping[str, Any], identity: Mapping[str, Any], resume: str) -> None:
+        changed = [
+            f"{name} was {shorten(known.get(name))} and is {shorten(identity.get(name))}"
+            for name in sorted({*known, *identity})
+            if known.get(name) != identity.get(name)
+        ]
+        if changed:
+            raise UsageError(
+                f"{self.path} holds another study: {'; '.join(changed)}",
+                "Trials of both could not be compared, and nothing is overwritten.",
+                "Give the earlier space, flags and files, or name another --output.",
+            )
+        if resume == "none" and self.trials:
+            raise UsageError(
+                f"{self.path} holds a study already, of {len(self.trials)} trials",
+                "Nothing is overwritten.",
+                "Resume it: --resume auto. Or name another --output.",
+            )
+
+    @property
+    def trials(self) -> list[optuna.trial.FrozenTrial]:
+        """All trials, by their numbers."""
+        return self._study.get_trials(deepcopy=False)
+
+    @property
+    def best(self) -> optuna.trial.FrozenTrial | None:
+        """The best of the complete trials, if there is one."""
+        complete = any(trial.state == TrialState.COMPLETE for trial in self.trials)
+        return self._study.best_trial if complete else None
+
+    def next(self) -> optuna.Trial | None:
+        """Return the trial to run, with a value for each setting: one that a killed process was
+        running, or a new one; None where all are done."""
+        trials = self.trials
+        begun = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+        if begun:
+            self._study.sampler = self._sampler(begun[0].number)
+            trial = optuna.Trial(self._study, begun[0]._trial_id)
+        elif waiting or len(trials) < self.wanted:
+            number = waiting[0].number if waiting else len(trials)
+            self._study.sampler = self._sampler(number)
+            if self._options.search == "grid" and not waiting:
+                self._study.enqueue_trial(grid_point(self.space, int(self._order[number])))
+            trial = self._study.ask()
+        else:
+            return None
+        for name, axis in self.space.items():
+            _suggest(trial, name, axis)
+        return trial
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
+        if self._options.search == "tpe":
+            return optuna.samplers.TPESampler(seed=seed)
+        if self._options.search == "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        return optuna.samplers.RandomSampler(seed)
+
+    def report(self, trial: optuna.Trial, loss: float, step: int) -> None:
+        """Record a validation loss of a trial; raises TrialPruned where the trial is hopeless."""
+        seen = self._storage.get_trial(trial._trial_id).intermediate_values
+        if step not in seen:  # else a killed process reported it
+            trial.report(-loss if self._options.maximize else loss, step)
+        if step >= max(seen, default=0) and trial.should_prune():
+            raise optuna.TrialPruned
+
+    def end(self, trial: optuna.Trial, value: float | None = None, failure: str = "") -> None:
+        """Record the outcome of a trial: its value; with None it was pruned, or failed."""
+        if value is not None and math.isfinite(value):
+            self._study.tell(trial, value)
+        else:
+            state = TrialState.FAIL if failure else TrialState.PRUNED
+            self._study.tell(trial, state=state)
+
+    def importance(self) -> dict[str, float]:
+        """Return how much each setting mattered, with a sum of 1 (PED-ANOVA); {} for few trials."""
+        values = {trial.value for trial in self.trials if trial.state == TrialState.COMPLETE}
+        if len(values) < 2 * len(self.space):
+            return {}
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        return optuna.importance.get_param_importances(self._study, evaluator=evaluator)
+
+
+def check_search(options: SweepOptions, space: Space) -> None:
+    """Raise UsageError where the search cannot search the space."""
+    if options.search == "grid":
+        grid_size(space)
+    ranges = [name for name, axis in space.items() if isinstance(axis, Range)]
+    if options.search == "cmaes" and len(ranges) < 2:
+        raise UsageError(
+            f"--search cmaes needs two or more ranges, got {len(ranges)}.",
+            "Values of a list are drawn at random there.",
+            "Write ranges, NAME=LOW..HIGH, or use --search tpe.",
+        )
+
+
+def _suggest(trial: optuna.Trial, name: str, axis: Choices | Range) -> None:
+    """Draw a value, if the trial does not have one."""
+    if isinstance(axis, Choices):
+        trial.suggest_categorical(name, axis.values)
+    elif axis.whole:
+        trial.suggest_int(name, round(axis.low), round(axis.high), log=axis.log)
+    else:
+        trial.suggest_float(name, axis.low, axis.high, log=axis.log)
