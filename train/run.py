@@ -51,6 +51,8 @@ class Watcher:
     An exception of `evaluated` or `finished` ends the run.
     """
 
+    advises = True  # whether to name flags for another run, where this one is too short
+
     def __init__(self, programs: Programs | None = None):
         self.programs = Programs() if programs is None else programs
 
@@ -87,7 +89,8 @@ def run(recipe: Recipe, make_method: MakeMethod, watcher: Watcher | None = None)
     first = find_device(recipe.choice.device) if mesh is None else mesh.local_devices[0]
     devices = Devices(first, mesh)
     learned, sets = watcher.split(recipe, folder, dataset)
-    recipe, batches, total = _plan(recipe, learned, devices, folder.config.hidden_size)
+    width, advises = folder.config.hidden_size, watcher.advises
+    recipe, batches, total = _plan(recipe, learned, devices, width, advises=advises)
     recipe = watcher.planned(choose_remat(recipe, folder, batches, devices), total)
     identity = identity_of(recipe, folder, dataset, sets)
     join.compare(
@@ -141,7 +144,7 @@ def split_sets(recipe: Recipe, folder: Folder, dataset: Dataset) -> tuple[Datase
 
 
 def _plan(
-    recipe: Recipe, learned: Dataset, devices: Devices, hidden_size: int
+    recipe: Recipe, learned: Dataset, devices: Devices, hidden_size: int, *, advises: bool
 ) -> tuple[Recipe, Batches, int]:
     """Return the recipe with the numbers that depend on data and model, the batches, and the number
     of steps."""
@@ -160,7 +163,8 @@ def _plan(
     assert recipe.training.grad_accum is not None
     batches = make(accumulate=min(recipe.training.grad_accum, -(-len(learned) // rows)))
     total = count_steps(recipe.training, batches)
-    warn_of_few_steps(recipe, parts, total)
+    if advises:
+        warn_of_few_steps(recipe, parts, total)
     return recipe, batches, total
 
 

@@ -1,4 +1,4 @@
-"""`python -m train.sweep` on a tiny model: searches, folds, pruning, and a study that was killed."""
+"""`python -m train.sweep` on a tiny model: searches, folds, pruning, a study that was killed."""
 
 import json
 import shlex
@@ -12,10 +12,11 @@ import optuna
 import pytest
 
 from glm2_jax.errors import InputError, UsageError
+from infer.engine.params import SamplingParams
 from tests.support.checkpoints import save, tiny_config
 from tests.support.engine_toy import compilations
 from tests.support.paths import ROOT
-from tests.support.training_data import alpaca, open_files, write_rows
+from tests.support.training_data import alpaca, open_files, role_messages, write_rows
 from train import lora
 from train.sweep import __main__ as sweep
 from train.sweep import study as study_module
@@ -150,14 +151,28 @@ def test_what_is_refused(whole, flags, data, tmp_path, capsys):
         sweep.main([*flags, *SPACE, "--output", str(tmp_path), "--resume", "auto"])
 
 
+def test_answers_of_every_fold_are_scored(flags, tmp_path, capsys):
+    at = flags.index("--val-split")
+    argv = [*flags[:at], *flags[at + 2 :], "--output", str(tmp_path / "a")]
+    more = ["--metric", "accuracy", "--folds", "2", "--trials", "2", "--json"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.sweep.metrics._GREEDY", SamplingParams(max_new_tokens=4))
+        assert sweep.main([*argv, *more, "--space", "alpha=4,8", "--search", "grid"]) == 0
+    for trial in json.loads(capsys.readouterr().out)["trials"]:
+        assert trial["values"] == [0.0, 0.0] and trial["standard_error"] == 0  # of 4 tokens
+        assert trial["state"] == "complete" and trial["val_loss"] > 0
+
+
 def test_a_metric_that_the_rows_lack(flags, tmp_path):
-    marked = [alpaca(f"Q{i}", "A", loss=False) | {"history": [["Q", "A"]]} for i in range(4)]
-    rows = write_rows(tmp_path / "rows.jsonl", marked)
-    argv = [*flags, *SPACE, "--metric", "accuracy", "--output", str(tmp_path / "a")]
-    at = argv.index("--val-split")
-    argv[at : at + 2] = ["--val-data", str(rows)]
-    with pytest.raises((UsageError, InputError), match="has n"):
-        sweep.main(argv)
+    """Their last answer is not to be learned, so nothing says what it should be."""
+    texts = [("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")]
+    row = role_messages(*texts)
+    row["messages"][-1]["loss"] = False
+    rows = write_rows(tmp_path / "rows.jsonl", [row])
+    at = flags.index("--val-split")
+    argv = [*flags[:at], *flags[at + 2 :], "--val-data", str(rows), *SPACE]
+    with pytest.raises(UsageError, match=r"accuracy needs questions .* rows.jsonl has none"):
+        sweep.main([*argv, "--metric", "accuracy", "--output", str(tmp_path / "a")])
 
 
 def test_a_space(tmp_path):

@@ -9,13 +9,15 @@ from itertools import chain
 
 from glm2_jax.choices import DEVICES
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.arguments import choose_platform
+from glm2_jax.cli.arguments import choose_platform, whole
 from glm2_jax.cli.parser import Parser, add_flags, from_flags
 from glm2_jax.errors import UsageError
+from glm2_jax.processes.supervise import connect, is_supervised
 from infer.memory.budget import find_budget, take_gpu_share
 from train.command import make_parser
 from train.lora import LR, make_recipe
 from train.recipe import Recipe, name_of, parse, words_of
+from train.sweep.jobs import find_gpus, run_jobs
 from train.sweep.options import SweepOptions
 from train.sweep.space import Point, Space, first_point, read_space
 
@@ -38,6 +40,7 @@ def parser() -> Parser:
     """Return the parser of the command."""
     result = make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, output="sweep", adapter=True)
     add_flags(result, "sweep", SweepOptions)
+    result.add_argument("--job", type=whole, help=argparse.SUPPRESS)  # which of --jobs this is
     return result
 
 
@@ -48,14 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     space = _space(made, words)
     args = _parse(made, words, first_point(space))
     _check(args)
-    choose_platform(args.device)
-    take_gpu_share(find_budget(args.device), math.inf)
+    several = args.jobs > 1 and args.job is None
+    gpus = find_gpus(args.jobs, args.device) if several else []
+    if is_supervised():
+        connect()
+    choose_platform("cpu" if several else args.device)
+    if not several:
+        take_gpu_share(find_budget(args.device), math.inf)
     from train.sweep import run
 
     def make(point: Point) -> Recipe:
         return make_recipe(_parse(made, words, point))
 
-    return run.run(from_flags(SweepOptions, args), space, make)
+    start = (lambda: run_jobs(words, gpus)) if several else None
+    return run.run(from_flags(SweepOptions, args), space, make, args.job, start)
 
 
 def _space(made: Parser, words: list[str]) -> Space:

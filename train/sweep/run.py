@@ -42,9 +42,18 @@ _LOCK, _TRIALS, _REPORT = ".lock", "trials", "report.json"
 _FAILURES = 3  # in a row, after which no trial is worth another
 
 
-def run(options: SweepOptions, space: Space, make: Callable[[Point], Recipe]) -> int:
+def run(
+    options: SweepOptions,
+    space: Space,
+    make: Callable[[Point], Recipe],
+    job: int | None = None,
+    start: Callable[[], int] | None = None,
+) -> int:
     """Search the space, whose points `make` turns into recipes, and report; return the exit code.
-    Raises GLMError for what the user can fix."""
+
+    A `job` is one of several processes, which only runs trials; `start` starts them, waits, and
+    returns an exit code. Raises GLMError for what the user can fix.
+    """
     check_search(options, space)
     recipes = [make(point) for point in edges(space)]
     first = recipes[0]
@@ -56,11 +65,13 @@ def run(options: SweepOptions, space: Space, make: Callable[[Point], Recipe]) ->
     folder.mkdir(parents=True, exist_ok=True)
     resume = first.output.resume
     with (
-        writer_lock(folder / _LOCK, folder),
-        Study(folder, space, options, identity, seed=seed, resume=resume) as study,
+        writer_lock(folder / (_LOCK if job is None else f"{_LOCK}-{job}"), folder),
+        Study(folder, space, options, identity, seed=seed, resume=resume, job=job) as study,
     ):
-        code = _Sweep(options, space, make, folder, study, seed).run()
-        return code or _report(study, options, space, make, folder)
+        code = start() if start else _Sweep(options, space, make, folder, study, seed).run()
+        if code or job is not None:
+            return code
+        return _report(study, options, space, make, folder)
 
 
 def _check(recipe: Recipe, space: Space) -> None:
@@ -137,7 +148,7 @@ class _Sweep:
         failures = 0
         while (trial := self._study.next()) is not None:
             shown = ", ".join(f"{name} {text(trial.params[name])}" for name in self._space)
-            note(f"trial {trial.number}, of {self._study.wanted}: {shown}")
+            note(f"trial {trial.number} of {self._study.wanted}: {shown}")
             place = self._folder / _TRIALS / f"{trial.number:04}"
             value, failure = None, ""
             try:

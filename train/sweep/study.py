@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import optuna
 import sqlalchemy.exc
+from filelock import FileLock
 from optuna.trial import TrialState
 
 from glm2_jax.errors import InputError, UsageError, shorten
@@ -18,7 +19,9 @@ from train.sweep.options import TRIALS, SweepOptions
 from train.sweep.space import Choices, Range, Space, grid_point, grid_size
 
 FILE = "study.db"
-_IDENTITY = "identity"
+_IDENTITY, _JOB = "identity", "job"  # attributes of the study, and of a trial
+_ASKING = ".lock-next"  # held while a process chooses its next trial
+_PATIENCE = 100  # seconds to wait while another process writes
 _REDUCTION = 3  # of so many trials one goes on
 ROUNDS = _REDUCTION**2  # evaluations of a run
 
@@ -27,7 +30,8 @@ class Study:
     """The trials of a search in a space.
 
     The numbers that a search draws depend on the seed and on the number of the trial alone, so a
-    study that was killed tries the same points as one that was not. `identity` is what its results
+    study that was killed tries the same points as one that was not (with several jobs, the order in
+    which trials end matters, too). `identity` is what its results
     depend on, as JSON values.
 
     Raises UsageError where the file holds a study of another identity, or any with `resume="none"`;
@@ -43,7 +47,9 @@ class Study:
         *,
         seed: int,
         resume: str,
+        job: int | None = None,
     ):
+        self._job, self._lock = job, FileLock(folder / _ASKING)
         self.path, self.space, self._options, self._seed = folder / FILE, space, options, seed
         size = grid_size(space) if options.search == "grid" else None
         self.wanted = options.trials or size or TRIALS
@@ -53,7 +59,8 @@ class Study:
         halving = optuna.pruners.SuccessiveHalvingPruner(1, _REDUCTION)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
-            self._storage = optuna.storages.RDBStorage(f"sqlite:///{self.path}")
+            patient = {"connect_args": {"timeout": _PATIENCE}}
+            self._storage = optuna.storages.RDBStorage(f"sqlite:///{self.path}", patient)
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name="sweep",
@@ -111,22 +118,34 @@ class Study:
     def next(self) -> optuna.Trial | None:
         """Return the trial to run, with a value for each setting: one that a killed process was
         running, or a new one; None where all are done."""
+        with self._lock:
+            trial = self._begun() or self._new()
+            if trial is not None:
+                for name, axis in self.space.items():
+                    _suggest(trial, name, axis)
+        return trial
+
+    def _begun(self) -> optuna.Trial | None:
+        """Return a trial that was running in a process of the same job."""
+        for trial in self.trials:
+            job = trial.user_attrs.get(_JOB, 0) % self._options.jobs
+            if trial.state == TrialState.RUNNING and self._job in (None, job):
+                self._study.sampler = self._sampler(trial.number)
+                return optuna.Trial(self._study, trial._trial_id)
+        return None
+
+    def _new(self) -> optuna.Trial | None:
         trials = self.trials
-        begun = [trial for trial in trials if trial.state == TrialState.RUNNING]
-        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
-        if begun:
-            self._study.sampler = self._sampler(begun[0].number)
-            trial = optuna.Trial(self._study, begun[0]._trial_id)
-        elif waiting or len(trials) < self.wanted:
-            number = waiting[0].number if waiting else len(trials)
-            self._study.sampler = self._sampler(number)
-            if self._options.search == "grid" and not waiting:
-                self._study.enqueue_trial(grid_point(self.space, int(self._order[number])))
-            trial = self._study.ask()
-        else:
+        waiting = [trial.number for trial in trials if trial.state == TrialState.WAITING]
+        number = waiting[0] if waiting else len(trials)
+        if number >= self.wanted:
             return None
-        for name, axis in self.space.items():
-            _suggest(trial, name, axis)
+        self._study.sampler = self._sampler(number)
+        if self._options.search == "grid" and not waiting:
+            self._study.enqueue_trial(grid_point(self.space, int(self._order[number])))
+        trial = self._study.ask()
+        if self._job is not None:
+            trial.set_user_attr(_JOB, self._job)
         return trial
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:

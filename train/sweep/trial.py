@@ -30,6 +30,8 @@ class Fold(Watcher):
     of the last one, and may raise. At the end `figures` has the validation loss and the metric of
     the result, and `remat` whether the run had gradient checkpointing."""
 
+    advises = False
+
     def __init__(
         self,
         options: SweepOptions,
