@@ -18,6 +18,7 @@ from tests.support.engine_toy import compilations
 from tests.support.paths import ROOT
 from tests.support.training_data import alpaca, open_files, role_messages, write_rows
 from train import lora
+from train.programs import Programs
 from train.sweep import __main__ as sweep
 from train.sweep import study as study_module
 from train.sweep.folds import split_fold
@@ -41,7 +42,16 @@ def flags(data, tmp_path_factory) -> list[str]:
     save(model, config=tiny_config(num_layers=1))
     return ["--model", str(model), "--data", data, "--max-length", "64", "--batch-size", "2",
             "--grad-accum", "1", "--rank", "2", "--steps", "3", "--val-split", "0.25",
-            "--compile-cache", "off", "--device", "cpu"]  # fmt: skip
+            "--compile-cache", "off", "--device", "cpu", "--no-grad-checkpoint"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """All sweeps of this file compile as one."""
+    with pytest.MonkeyPatch.context() as patch:
+        shared = Programs()
+        patch.setattr("train.sweep.run.Programs", lambda: shared)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +141,9 @@ def test_what_is_refused(whole, flags, data, tmp_path, capsys):
         ("--space rank=2,4", UsageError, "--rank is given and is also in --space"),
         ("--space lr=1..2 --search grid", UsageError, "lr=1..2:5"),
         ("--space lr=1..2 --search cmaes", UsageError, "two or more ranges, got 1"),
-        ("--space lr=1..2 --folds 9", UsageError, "--folds 9 of 8 rows"),
-        ("--space lr=1..2 --folds 2 --val-data x", SystemExit, "not allowed"),
+        ("--space lr=1..2 --val-split 0 --folds 9", UsageError, "--folds 9 of 8 rows"),
+        ("--space lr=1..2 --folds 2", UsageError, "--folds excludes"),
+        (f"--space data={data},x", UsageError, "--data is given"),
         ("--space lr=1..2 --plot a.png", UsageError, "--plot belongs to one run"),
         ("--space lr=1..2 --jobs 2", UsageError, "--jobs 2 needs 2 GPUs"),
         (f"--space lr=1..2 --output {folder} --resume auto", UsageError, "space was"),

@@ -57,7 +57,7 @@ def run(
     check_search(options, space)
     recipes = [make(point) for point in edges(space)]
     first = recipes[0]
-    _check(first, space)
+    _check(first, options, space)
     folder = Path(first.output.output)
     seed = 0 if "seed" in space else first.training.seed
     identity = _identity([prepared(x, options, folder) for x in recipes], options, space, seed)
@@ -74,9 +74,9 @@ def run(
         return _report(study, options, space, make, folder)
 
 
-def _check(recipe: Recipe, space: Space) -> None:
+def _check(recipe: Recipe, options: SweepOptions, space: Space) -> None:
     """Refuse flags of one run that make no sense for many."""
-    data, output = recipe.data, recipe.output
+    data, output, evaluation = recipe.data, recipe.output, recipe.evaluation
     given = {
         "--plot": output.plot, "--log-jsonl": output.log_jsonl, "--checkpoints": output.checkpoints,
         "--check-data": data.check_data, "--print-sample": data.print_sample,
@@ -85,7 +85,13 @@ def _check(recipe: Recipe, space: Space) -> None:
         if value:
             fix = "Leave it out; train.lora has it."
             raise UsageError(f"{flag} belongs to one run, and a sweep makes many.", fix=fix)
-    if "data" in space and recipe.evaluation.val_data is None:
+    if options.folds and (evaluation.val_data is not None or evaluation.val_split):
+        raise UsageError(
+            "--folds excludes --val-data and --val-split.",
+            "Each fold is validated on the rows that it does not train on.",
+            "Leave one of them out.",
+        )
+    if "data" in space and evaluation.val_data is None:
         raise UsageError(
             "--space: data needs --val-data.",
             "Trials on other rows could not be compared on a part of them.",
@@ -103,8 +109,6 @@ def _identity(
     for one in recipes:
         jax.eval_shape(lambda one=one: first_adapter(folder, one).lora)
     dataset = open_dataset(recipe.data, folder)
-    if options.folds and recipe.evaluation.val_data:
-        raise UsageError("--folds excludes --val-data.", "Each fold is validated on its own rows.")
     _, sets = Fold(options, Programs(), seed=seed).split(recipe, folder, dataset)
     if options.metric != VAL_LOSS:
         require_metric(options.metric, sets[VALIDATION])

@@ -21,6 +21,7 @@ from train.sweep.space import Choices, Range, Space, grid_point, grid_size
 FILE = "study.db"
 _IDENTITY, _JOB = "identity", "job"  # attributes of the study, and of a trial
 _ASKING = ".lock-next"  # held while a process chooses its next trial
+_FEW = 4  # complete trials, from which importance is computed
 _PATIENCE = 100  # seconds to wait while another process writes
 _REDUCTION = 3  # of so many trials one goes on
 ROUNDS = _REDUCTION**2  # evaluations of a run
@@ -174,8 +175,8 @@ class Study:
 
     def importance(self) -> dict[str, float]:
         """Return how much each setting mattered, with a sum of 1 (PED-ANOVA); {} for few trials."""
-        values = {trial.value for trial in self.trials if trial.state == TrialState.COMPLETE}
-        if len(values) < 2 * len(self.space):
+        values = [trial.value for trial in self.trials if trial.state == TrialState.COMPLETE]
+        if len(values) < _FEW or len(set(values)) == 1:
             return {}
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         return optuna.importance.get_param_importances(self._study, evaluator=evaluator)
