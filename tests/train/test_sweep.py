@@ -153,6 +153,10 @@ def test_what_is_refused(whole, flags, data, tmp_path, capsys):
             sweep.main([*flags, "--output", str(tmp_path / "a"), *shlex.split(words)])
         assert said in (capsys.readouterr().err if error is SystemExit else str(found.value))
         assert not (tmp_path / "a" / "study.db").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cmaes", None)
+        with pytest.raises(UsageError, match=r"cmaes is not installed(.|\n)*glm2-jax\[sweep\]"):
+            sweep.main([*flags, *SPACE, "--output", str(tmp_path / "a")])
     empty = tmp_path / "empty.yml"
     empty.write_text("{}")
     with pytest.raises(UsageError, match="--space is empty"):

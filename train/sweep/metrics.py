@@ -43,8 +43,9 @@ def score_answers(
     lora = with_scale(lora)
     whole = params if lora is None else with_lora(params, lora)
     checkpoint = dataclasses.replace(method.checkpoint, params=whole)
-    engine: Engine = programs.shared(("answers", shapes(whole)), lambda: Engine(checkpoint))
-    engine.checkpoint = checkpoint
+    # The programs are kept, not an engine, which would keep its model in the memory.
+    shared = programs.shared(("answers", shapes(whole)), lambda: Engine(checkpoint).programs)
+    engine = Engine(checkpoint, programs=shared)
     rows = list(_questions(dataset))
     if not rows:
         raise InputError(f"no validation row has an answer that --metric {metric} could compare")
