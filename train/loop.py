@@ -27,6 +27,10 @@ _BAD_IN_A_ROW = 5  # steps after which leaving them out does not help
 _AVERAGED, _TIMES, _NATS, _PATIENCE = 10, 4, 1.0, 20
 
 
+class NotFinite(InputError):
+    """Numbers of a run are NaN or infinite: its data or its settings are at fault."""
+
+
 @dataclass
 class Position:
     """The progress of a run, saved with its arrays."""
@@ -99,6 +103,8 @@ class Loop:
     stopping: Stopping  # asked after every step, by all processes
     checkpoints: Checkpoints
     best: Checkpoints | None = None  # of the best evaluation; None = do not keep it
+    # takes the number of steps and the figures of every evaluation
+    watch: Callable[[int, dict[str, dict[str, float]]], object] | None = None
 
     def __post_init__(self) -> None:
         self._unread: tuple[int, Metrics, list[str], int] | None = None
@@ -168,6 +174,8 @@ class Loop:
             position.note_loss(split, position.step, figures["loss"])
             if not math.isfinite(figures["loss"]):
                 note(f"warning: the {split} loss after step {position.step} is not finite")
+        if self.watch is not None:
+            self.watch(position.step, found)
         return [figures["loss"] for figures in found.values()]
 
     def _read(self, position: Position) -> None:
@@ -209,7 +217,7 @@ class Loop:
         what = f"loss or gradient of step {step} is NaN or infinite; its rows: {shown}"
         if self.recipe.training.nan_policy == "abort" or self._bad + 1 == _BAD_IN_A_ROW:
             also = f", as in the {self._bad} steps before" if self._bad else ""
-            raise InputError(
+            raise NotFinite(
                 what + also,
                 "The step was not applied; the last checkpoint is from before it.",
                 "Check these rows, lower --lr, or skip such steps: --nan-policy skip.",

@@ -34,6 +34,7 @@ from train.run_folder.folder import MODEL
 from train.step import combine
 
 Progress = Callable[[int, int], None]
+Load = Callable[[Folder, ModelChoice, Devices, Progress], Checkpoint]
 
 
 class Method(ABC):
@@ -77,16 +78,19 @@ class FrozenMethod(Method):
 
 
 class AdapterMethod(FrozenMethod):
-    """Trains an adapter.
+    """Trains an adapter; `load` may share the base between runs.
 
     Raises UsageError for flags that contradict the adapter, CheckpointError where the base or the
     first adapter cannot be opened, or they do not fit.
     """
 
-    def __init__(self, folder: Folder, recipe: Recipe, devices: Devices, progress: Progress):
+    def __init__(
+        self, folder: Folder, recipe: Recipe, devices: Devices, progress: Progress,
+        load: Load | None = None,
+    ):  # fmt: skip
         assert isinstance(recipe.adapter, AdapterOptions)
-        adapter = _first_adapter(folder, recipe, recipe.adapter)
-        checkpoint = _load_frozen(folder, recipe, devices, progress)
+        adapter = first_adapter(folder, recipe, recipe.adapter)
+        checkpoint = _load_frozen(folder, recipe, devices, progress, load or load_base)
         self._freeze(checkpoint)
         self.trained = _placed(adapter.lora, devices)
         if recipe.adapter.dora and not adapter.dora:
@@ -131,7 +135,7 @@ class PrefixMethod(FrozenMethod):
         check_dropout(options.dropout)
         key = jax.random.key(recipe.training.seed)
         new = init_encoder(config, key, options.pre_seq_len, projection=options.prefix_projection)
-        checkpoint = _load_frozen(folder, recipe, devices, progress)
+        checkpoint = _load_frozen(folder, recipe, devices, progress, load_base)
         self._freeze(checkpoint)
         mesh = devices.mesh
         places = None if mesh is None else jax.tree.map(lambda _: replicated(mesh), new)
@@ -152,7 +156,7 @@ class FullMethod(Method):
 
     def __init__(self, folder: Folder, recipe: Recipe, devices: Devices, progress: Progress):
         choice = dataclasses.replace(recipe.choice, dtype="float32", quantize="none")
-        self.checkpoint = _load(folder, choice, devices, progress)
+        self.checkpoint = load_base(folder, choice, devices, progress)
         self.base, self.trained = None, self.checkpoint.params
         self.dtype = self.computed = resolve_dtype(
             recipe.choice.dtype, num_params=folder.config.num_params, device=devices.first
@@ -177,15 +181,18 @@ def _placed(lora: LoRA, devices: Devices) -> LoRA:
 
 
 def _load_frozen(
-    folder: Folder, recipe: Recipe, devices: Devices, progress: Progress
+    folder: Folder, recipe: Recipe, devices: Devices, progress: Progress, load: Load
 ) -> Checkpoint:
     """Load a base that is not trained, its layers in the form that trains faster."""
     remat, mesh = bool(recipe.training.grad_checkpoint), devices.mesh
     layers = layers_to_train(devices.first.platform, on_mesh=mesh is not None, remat=remat)
-    return _load(folder, dataclasses.replace(recipe.choice, layers=layers), devices, progress)
+    return load(folder, dataclasses.replace(recipe.choice, layers=layers), devices, progress)
 
 
-def _load(folder: Folder, choice: ModelChoice, devices: Devices, progress: Progress) -> Checkpoint:
+def load_base(
+    folder: Folder, choice: ModelChoice, devices: Devices, progress: Progress
+) -> Checkpoint:
+    """Load the model to start from."""
     return load_checkpoint(
         folder.path,
         dtype=choice.dtype,
@@ -198,7 +205,7 @@ def _load(folder: Folder, choice: ModelChoice, devices: Devices, progress: Progr
     )
 
 
-def _first_adapter(folder: Folder, recipe: Recipe, options: AdapterOptions) -> Adapter:
+def first_adapter(folder: Folder, recipe: Recipe, options: AdapterOptions) -> Adapter:
     """Return a new adapter, or the one to start from."""
     if options.init_adapter is None:
         new: dict[str, Any] = {

@@ -31,13 +31,13 @@ from train.options import (
 )
 
 _LONGEST = 100_000  # characters; PyYAML takes seconds for that many
-_NOT_SETTINGS = (
+NOT_SETTINGS = (
     "config", "help", "version", "debug", "dry_run",
     # Flags of a process, not of its result.
     "coordinator", "num_processes", "process_id", "join_timeout", "heartbeat_timeout",
 )  # fmt: skip
 # Flags that do not change the trained parameters. Data and models count by their contents.
-_NO_EFFECT = {
+NO_EFFECT = {
     "model", "source", "revision", "data", "max-bad", "mix-data", "check-data", "print-sample",
     "val-data", "guard-data", "sample-prompts", "output", "checkpoints", "resume", "save-every",
     "keep", "log-every", "log-jsonl", "plot", "device", "mesh", "tp", "compile-cache",
@@ -79,7 +79,7 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that the trained parameters depend on, by their flags."""
-        found = {f"--{name}": x for name, x in self.settings().items() if name not in _NO_EFFECT}
+        found = {f"--{name}": x for name, x in self.settings().items() if name not in NO_EFFECT}
         return {"command": self.command} | found
 
 
@@ -97,8 +97,8 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         members = {action.dest for action in group._group_actions}
         given |= members if members & given else set()
     words: dict[str, list[str]] = {}
-    known = {_name(x): x for x in parser._actions if x.dest not in _NOT_SETTINGS}
-    for name, value in _read(Path(config)).items():
+    known = {name_of(x): x for x in parser._actions if x.dest not in NOT_SETTINGS}
+    for name, value in read_settings(Path(config)).items():
         action = known.get(str(name).replace("_", "-"))
         if action is None:
             names = ", ".join(sorted(known))
@@ -108,7 +108,7 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
             raise UsageError(f"{config}: {name} is given twice.")
         # A default says nothing, but would exclude the other flag of a group.
         said = action.dest not in given and value != str(action.default)
-        words[action.dest] = _words(action, name, value, config) if said else []
+        words[action.dest] = words_of(action, name, value, config) if said else []
     return parser.parse_args([*sum(words.values(), []), *argv])
 
 
@@ -123,8 +123,9 @@ class _Texts(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return the names and values of a recipe file."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the names and values of a file of settings, values as text; InputError where it holds
+    others."""
     text = read_utf8(path)
     if len(text) > _LONGEST:
         raise InputError(
@@ -144,17 +145,17 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _name(action: argparse.Action) -> str:
+def name_of(action: argparse.Action) -> str:
     return next(flag[2:] for flag in action.option_strings if flag.startswith("--"))
 
 
-def _words(action: argparse.Action, name: str, value: Any, path: str) -> list[str]:
+def words_of(action: argparse.Action, name: str, value: Any, path: str) -> list[str]:
     """Return a setting as the words of a command line."""
-    flag = f"--{_name(action)}"
+    flag = f"--{name_of(action)}"
     if action.nargs == 0:
         if value not in ("true", "false"):
             raise UsageError(f"{path}: {name} must be true or false, got {shorten(value)}.")
-        opposite = f"--no-{_name(action)}"
+        opposite = f"--no-{name_of(action)}"
         no = [opposite] if opposite in action.option_strings else []
         return [flag] if value == "true" else no
     several = isinstance(action, argparse._AppendAction)

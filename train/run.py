@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,40 +24,65 @@ from glm2_jax.runtime.devices import device_errors, find_device, find_mesh
 from infer.engine.load import demo_folder
 from infer.startup import find_choice, note_demo_model
 from train.attention import choose_attention, with_attention
-from train.data.batch import Batch
 from train.data.batches import Batches
 from train.data.check import print_checks
 from train.data.dataset import Dataset, open_dataset
 from train.data.plan import split
 from train.defaults import choose, warn_of_few_steps
 from train.devices import Devices
-from train.loop import Loop, Position
+from train.loop import Loop, NotFinite, Position
 from train.methods import Method
 from train.optim import Numbers, make_schedule
 from train.options import TrainingOptions
 from train.preferences import preference
+from train.programs import Programs, compiling_step
 from train.recipe import Recipe
 from train.remat import choose_remat
 from train.run_folder.checkpoints import Checkpoints
 from train.run_folder.folder import RunFolder
 from train.run_folder.log import Log, cut_log, draw, losses, read_log
-from train.step import make_step
 from train.stopping import Stopping
-from train.validation import GUARD, VALIDATION, make_evaluation
+from train.validation import GUARD, VALIDATION, Figures, make_evaluation
 
 MakeMethod = Callable[[Folder, Recipe, Devices, Any], Method]
 Sets = dict[str, Dataset]
 
 
-def run(recipe: Recipe, make_method: MakeMethod) -> int:
+class Watcher:
+    """What a command that makes several runs may change of each, and learn from it; here nothing.
+
+    An exception of `evaluated` or `finished` ends the run.
+    """
+
+    advises = True  # whether to name flags for another run, where this one is too short
+
+    def __init__(self, programs: Programs | None = None):
+        self.programs = Programs() if programs is None else programs
+
+    def split(self, recipe: Recipe, folder: Folder, dataset: Dataset) -> tuple[Dataset, Sets]:
+        """Return the rows to learn from, and the sets to evaluate by name."""
+        return split_sets(recipe, folder, dataset)
+
+    def planned(self, recipe: Recipe, total: int) -> Recipe:
+        """Return the recipe to run, whose numbers are all chosen, in `total` steps."""
+        return recipe
+
+    def evaluated(self, step: int, figures: Figures) -> None:
+        """Take the figures of an evaluation after `step` steps."""
+
+    def finished(self, method: Method, trained: Any, sets: Sets, position: Position) -> None:
+        """Take the result, before it is written."""
+
+
+def run(recipe: Recipe, make_method: MakeMethod, watcher: Watcher | None = None) -> int:
     """Train as the recipe says, and return the exit code; raises GLMError for what the user can
     fix."""
+    watcher = Watcher() if watcher is None else watcher
     _check(recipe)
     output = recipe.output
     enable_compile_cache(recipe.compile_cache, warn=note)
     note_demo_model(recipe.choice)
-    path = find_choice(recipe.choice).path
-    folder = open_folder(path or demo_folder(), **recipe.choice.form)
+    folder = find_folder(recipe)
     for line in folder.notes if recipe.data.check_data else ():  # a run notes them when it loads
         note(line)
     dataset = open_dataset(recipe.data, folder)
@@ -67,11 +91,12 @@ def run(recipe: Recipe, make_method: MakeMethod) -> int:
     mesh = find_mesh(recipe.choice.mesh, recipe.choice.device)
     first = find_device(recipe.choice.device) if mesh is None else mesh.local_devices[0]
     devices = Devices(first, mesh)
-    learned, sets = _split(recipe, folder, dataset)
-    recipe, batches, total = _plan(recipe, learned, devices, folder.config.hidden_size)
+    learned, sets = watcher.split(recipe, folder, dataset)
+    width, advises = folder.config.hidden_size, watcher.advises
+    recipe, batches, total = _plan(recipe, learned, devices, width, advises=advises)
     recipe = choose_remat(recipe, folder, batches, devices)
-    recipe = choose_attention(recipe, folder, devices)
-    identity = _identity(recipe, folder, dataset, sets)
+    recipe = watcher.planned(choose_attention(recipe, folder, devices), total)
+    identity = identity_of(recipe, folder, dataset, sets)
     join.compare(
         {
             "model": identity["base"],
@@ -85,7 +110,13 @@ def run(recipe: Recipe, make_method: MakeMethod) -> int:
         with Progress("loading", show=human_size) as bar:
             method = make_method(folder, recipe, devices, bar.update)
         with jax.default_device(devices.first):
-            return _train(recipe, out, method, batches, total, sets, devices)
+            return _train(recipe, out, method, batches, total, sets, devices, watcher)
+
+
+def find_folder(recipe: Recipe) -> Folder:
+    """Return the folder of the base model."""
+    path = find_choice(recipe.choice).path
+    return open_folder(path or demo_folder(), **recipe.choice.form)
 
 
 def _check(recipe: Recipe) -> None:
@@ -105,7 +136,7 @@ def _check(recipe: Recipe) -> None:
             raise UsageError("--early-stop needs --val-data or --val-split.")
 
 
-def _split(recipe: Recipe, folder: Folder, dataset: Dataset) -> tuple[Dataset, Sets]:
+def split_sets(recipe: Recipe, folder: Folder, dataset: Dataset) -> tuple[Dataset, Sets]:
     """Return the rows to learn from, and the sets to evaluate by name."""
     evaluation, learned, sets = recipe.evaluation, dataset, Sets()
     if evaluation.val_split:
@@ -117,7 +148,7 @@ def _split(recipe: Recipe, folder: Folder, dataset: Dataset) -> tuple[Dataset, S
 
 
 def _plan(
-    recipe: Recipe, learned: Dataset, devices: Devices, hidden_size: int
+    recipe: Recipe, learned: Dataset, devices: Devices, hidden_size: int, *, advises: bool
 ) -> tuple[Recipe, Batches, int]:
     """Return the recipe with the numbers that depend on data and model, the batches, and the number
     of steps."""
@@ -136,7 +167,8 @@ def _plan(
     assert recipe.training.grad_accum is not None
     batches = make(accumulate=min(recipe.training.grad_accum, -(-len(learned) // rows)))
     total = count_steps(recipe.training, batches)
-    warn_of_few_steps(recipe, parts, total)
+    if advises:
+        warn_of_few_steps(recipe, parts, total)
     return recipe, batches, total
 
 
@@ -152,7 +184,7 @@ def count_steps(training: TrainingOptions, batches: Batches) -> int:
     return max(1, steps + (round(part * batches.steps_per_epoch(int(epochs))) if part else 0))
 
 
-def _identity(recipe: Recipe, folder: Folder, dataset: Dataset, sets: Sets) -> dict[str, Any]:
+def identity_of(recipe: Recipe, folder: Folder, dataset: Dataset, sets: Sets) -> dict[str, Any]:
     """Return everything that the result depends on, for the check of a resumed run."""
     found = recipe.identity() | {"base": fingerprint(folder), "template": folder.template}
     start = getattr(recipe.adapter, "init_adapter", None)
@@ -179,20 +211,18 @@ def _contents(sets: Sets) -> dict[str, Any]:
 
 def _train(
     recipe: Recipe, out: RunFolder, method: Method, batches: Batches, total: int, sets: Sets,
-    devices: Devices,
+    devices: Devices, watcher: Watcher,
 ) -> int:  # fmt: skip
     """Take the steps and write the result; return the exit code."""
     output, training = recipe.output, recipe.training
     prompts = _read_prompts(recipe.evaluation.sample_prompts)
-    ratio = getattr(recipe.adapter, "lora_plus_ratio", None)
-    numbers = _numbers(training, method, total, ratio)
+    numbers = _numbers(recipe, method, total)
     scaled = str(method.computed) == "float16"
     state = devices.state(numbers.optimizer(), method.trained, loss_scaling=scaled)
     state = method.trained, state
-    objective: dict[str, Any] = {}
-    if (asked := recipe.preference) is not None:
-        objective["objective"] = preference(asked.loss, asked.beta)
-    evaluate = make_evaluation(method, sets, prompts, training.batch_size, devices, **objective)
+    asked, size, programs = recipe.preference, training.batch_size, watcher.programs
+    objective = {} if asked is None else {"objective": preference(asked.loss, asked.beta)}
+    evaluate = make_evaluation(method, sets, prompts, size, devices, programs, **objective)
     note(
         f"{len(batches.dataset)} sequences, {total} steps; training {method.num_trained:,} of "
         f"{method.checkpoint.summary.num_params:,} parameters, computing in {method.computed}"
@@ -215,10 +245,14 @@ def _train(
             cut_log(log_path, position.step)
         log = Log(total, every=output.log_every, path=log_path, taken=position.step)
         log = stack.enter_context(log)
-        step = _compiling_step(recipe, method, devices, numbers, log, state, **objective)
+        config = with_attention(method.checkpoint.config, training.attention)
+        step = compiling_step(
+            programs, method, config, devices, numbers, log, state,
+            seed=training.seed, remat=bool(training.grad_checkpoint), **objective,
+        )  # fmt: skip
         loop = Loop(
             recipe, total, step, evaluate, lambda updates: float(numbers.schedule(updates)),
-            devices.first, batches, log, stopping, checkpoints, best,
+            devices.first, batches, log, stopping, checkpoints, best, watcher.evaluated,
         )  # fmt: skip
         remedy = "Try a smaller --batch-size with more --grad-accum, or a smaller --max-length."
         with device_errors(f"training, {training.batch_size} rows at once", lambda: ("", remedy)):
@@ -230,13 +264,15 @@ def _train(
         if best is not None and best.newest is not None:
             best.finish()
             state, _ = best.restore(best.newest, state)
+    watcher.finished(method, state[0], sets, position)
     note(f"the result is in {method.write(out.path, state[0])}")
     if output.plot is not None and join.is_first():
         draw(read_log(log_path), output.plot)
     return 0
 
 
-def _numbers(training: TrainingOptions, method: Method, total: int, ratio: float | None) -> Numbers:
+def _numbers(recipe: Recipe, method: Method, total: int) -> Numbers:
+    training = recipe.training
     assert training.lr is not None
     return Numbers.of(
         make_schedule(training.schedule, lr=training.lr, steps=total, warmup=training.warmup),
@@ -244,7 +280,7 @@ def _numbers(training: TrainingOptions, method: Method, total: int, ratio: float
         weight_decay=training.weight_decay,
         clip=training.clip,
         noise=training.neftune,
-        ratio=ratio,
+        ratio=getattr(recipe.adapter, "lora_plus_ratio", None),
     )
 
 
@@ -258,50 +294,17 @@ def _read_prompts(path: str | None) -> list[str]:
     return lines
 
 
-def _compiling_step(
-    recipe: Recipe, method: Method, devices: Devices, numbers: Numbers, log: Log, state: Any,
-    **objective: Any,
-) -> Callable[[Any, Any, int], Any]:  # fmt: skip
-    """Return the step, which reports when it compiles for a new shape of a batch."""
-    step = make_step(
-        with_attention(method.checkpoint.config, recipe.training.attention),
-        dtype=method.dtype,
-        remat=bool(recipe.training.grad_checkpoint),
-        effective=method.effective,
-        out_shardings=devices.shardings(*state),
-        **objective,
-    )
-    compiled: dict[tuple[int, ...], Any] = {}
-    key = devices.key(recipe.training.seed)
-
-    def take(state: tuple[Any, Any], batch: Batch, number: int) -> Any:
-        batch = devices.batch(batch)
-        shape = batch.tokens.shape
-        arguments = (method.base, *state, batch, key, number, numbers)
-        if shape not in compiled:
-            jax.block_until_ready(state)  # the time of earlier steps does not count as compiling
-            note(f"compiling the step for {' x '.join(map(str, shape))} tokens")
-            start = time.perf_counter()
-            with log.apart(), devices.active():
-                compiled[shape] = step.lower(*arguments).compile()
-            note(f"compiled in {time.perf_counter() - start:.1f} s")
-        trained, rest, metrics = compiled[shape](*arguments)
-        return (trained, rest), metrics
-
-    return take
-
-
 def report(position: Position, total: int, *, choosing: bool) -> None:
-    """Report the outcome of a run; InputError where nothing was learned, or there is no best
+    """Report the outcome of a run; NotFinite where nothing was learned, or there is no best
     evaluation to choose."""
     if position.skipped == position.step:
-        raise InputError(
+        raise NotFinite(
             f"all {position.step} steps were skipped, so nothing was learned",
             "Their losses or gradients were NaN or infinite.",
             "Lower --lr, or check the rows; use another --output.",
         )
     if choosing and position.best is None:
-        raise InputError(
+        raise NotFinite(
             "no validation loss was finite, so none is the best",
             f"--early-stop chooses the result by it; training ended after step {position.step}, "
             "and its last checkpoint stays.",

@@ -16,6 +16,7 @@ from train.data.batches import Batches
 from train.data.dataset import Dataset
 from train.devices import Devices
 from train.methods import Method
+from train.programs import Programs, with_scale
 from train.step import make_eval
 
 VALIDATION, GUARD = "validation", "guard"
@@ -28,6 +29,7 @@ def make_evaluation(
     prompts: Sequence[str],
     batch_size: int,
     devices: Devices,
+    programs: Programs | None = None,
     **objective: Any,
 ) -> Callable[[tuple[Any, Any]], Figures] | None:
     """Return a function of (what is trained, its `State`), or None if there is nothing to evaluate.
@@ -37,7 +39,11 @@ def make_evaluation(
     """
     if not sets and not prompts:
         return None
-    loss_of, rows = make_eval(method.checkpoint.config, **objective), devices.rows(batch_size)
+    config, rows = method.checkpoint.config, devices.rows(batch_size)
+    programs = Programs() if programs is None else programs
+    loss_of = programs.shared(
+        ("loss", config, *objective.values()), lambda: make_eval(config, **objective)
+    )
     batches = {
         name: Batches(dataset, batch_size=batch_size, shuffle=False, rows=rows)
         for name, dataset in sets.items()
@@ -58,6 +64,7 @@ def make_evaluation(
 
     def evaluate(state: tuple[Any, Any]) -> Figures:
         params, lora = method.model(state[0])
+        lora = with_scale(lora)
         if engine is not None:
             whole = params if lora is None else with_lora(params, lora)
             engine.checkpoint = dataclasses.replace(method.checkpoint, params=whole)

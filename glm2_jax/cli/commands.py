@@ -25,6 +25,7 @@ COMMANDS = {
     "prefix": ("train.prefix", "train a P-Tuning v2 prefix"),
     "preference": ("train.preference", "train by chosen and rejected answers: DPO, ORPO"),
     "full": ("train.full", "fine-tune all parameters"),
+    "sweep": ("train.sweep", "search for good settings of fine-tuning"),
     "train-bench": ("train.bench", "measure training speed"),
     "train-demo": ("train.demo", "train the demo model again"),
     "inspect": ("convert.inspect", "show what a checkpoint folder holds"),

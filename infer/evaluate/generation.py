@@ -66,16 +66,7 @@ def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
     note_demo_model(settings.choice)
     batch, contents = settings.batch_size, {"questions and answers": [row for _, row in rows]}
     engine = open_engine(settings.choice, settings.options, rows=batch, contents=contents)
-    encoder = Encoder(engine.tokenizer, engine.template)
-
-    def prompt(messages: list[dict[str, Any]]) -> tuple[list[int], str, str]:
-        ids, wanted = encoder.question(messages), messages[-1]
-        question = messages[0 if engine.written.fills else -2]
-        # The label has the form of a generated answer.
-        label = Message("assistant", wanted.get("metadata") or "", wanted["content"]).text
-        return checked(engine, ids), question["content"], label
-
-    asked = bad.keep(rows, prompt)
+    asked = bad.keep(rows, partial(ask, engine))
     bad.check(len(asked))
     prompts, questions, labels = map(list, zip(*(row for _, row in asked), strict=True))
     texts, clean = [""] * len(asked), engine.written.chat
@@ -92,6 +83,15 @@ def sampling_of(settings: Settings) -> SamplingParams:
         temperature=settings.temperature, top_p=settings.top_p, top_k=0, seed=settings.seed,
         max_new_tokens=settings.max_new_tokens,
     )  # fmt: skip
+
+
+def ask(engine: Engine, messages: Sequence[dict[str, Any]]) -> tuple[list[int], str, str]:
+    """Return the ids of the question to the last answer of a conversation, its text, and that
+    answer in the form of a generated one; InputError as `Encoder.question` and `checked`."""
+    ids, wanted = Encoder(engine.tokenizer, engine.template).question(messages), messages[-1]
+    question = messages[0 if engine.written.fills else -2]
+    label = Message("assistant", wanted.get("metadata") or "", wanted["content"]).text
+    return checked(engine, ids), question["content"], label
 
 
 def checked(engine: Engine, ids: list[int]) -> list[int]:
