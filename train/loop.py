@@ -24,7 +24,7 @@ _ROWS_SHOWN = 8
 _BAD_IN_A_ROW = 5  # steps after which leaving them out does not help
 # A run has diverged where its loss, averaged over about this many steps, has been so many times its
 # lowest, and so many nats above it, for that many steps.
-_AVERAGED, _TIMES, _NATS, _PATIENCE = 10, 4, 1.0, 20
+_AVERAGED, _TIMES, _NATS, _PATIENCE = 10, 2, 1.0, 20
 
 
 class NotFinite(InputError):

@@ -35,6 +35,8 @@ def read_samples(
             f"Every sample begins with {len(start)} special tokens.",
         )
     ids = [token for piece in _read(path, tokenizer, template) for token in piece]
+    if not ids:
+        raise InputError(f"{path} has no text.", fix="Give texts like those of the model's use.")
     if len(ids) < samples * room:
         raise InputError(
             f"{path} is too short: it has {len(ids)} tokens.",

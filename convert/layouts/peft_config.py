@@ -159,7 +159,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
     path = folder / CONFIG
     if not path.exists():
         inside = sorted(found.parent for found in folder.glob(f"*/{CONFIG}"))
-        if (folder / "state").is_dir() or (folder / "recipe.yml").exists():
+        weights = any((folder / name).exists() for name in WEIGHT_FILES)
+        if not weights and ((folder / "state").is_dir() or (folder / "recipe.yml").exists()):
             raise CheckpointError(
                 f"{folder} is the output folder of a training run that has not finished.",
                 f"{CONFIG} is missing: it is written at the end.",
@@ -169,7 +170,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         kind = "a model" if (folder / "config.json").exists() else "not an adapter"
         fix = "Give the folder that train.lora or the peft library wrote"
         fix += f", for example {inside[-1]}." if inside else "."
-        if any((folder / name).exists() for name in WEIGHT_FILES):
+        if weights:
             fix += " If it is a P-Tuning v2 prefix, infer.generate and infer.chat take it as "
             fix += "--prefix."
         raise CheckpointError(

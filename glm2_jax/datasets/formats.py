@@ -82,7 +82,8 @@ def detect(row: Fields, preferred: str | None = None) -> str | None:
 def unknown_format(row: Fields) -> InputError:
     """Return the error for a row that has the keys of no format."""
     forms = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in _NEEDED.items())
-    return InputError(f"no known format, its keys are {_key_list(row)}", f"known: {forms}")
+    hint = "; plain texts are learned with --format text" if TEXT in row else ""
+    return InputError(f"no known format, its keys are {_key_list(row)}", f"known: {forms}{hint}")
 
 
 def unused_keys(row: Fields, fmt: str) -> Iterator[str]:

@@ -224,7 +224,10 @@ def test_what_is_no_adapter(tmp_path):
     written(tmp_path / "run" / "checkpoint-5")
     (tmp_path / "run" / "pytorch_model.bin").write_bytes(b"")
     (tmp_path / "stopped" / "state").mkdir(parents=True)
+    (tmp_path / "prefix" / "state").mkdir(parents=True)
+    (tmp_path / "prefix" / "pytorch_model.bin").write_bytes(b"")
     expected = {
+        "prefix": "infer.generate and infer.chat take it as --prefix",
         "nothing": "is not found",
         "file": "is a file",
         "empty": "is not an adapter",

@@ -15,7 +15,7 @@ from convert.calibration.layer import Form, Layer, Method
 from convert.calibration.rounding import Rounded
 from convert.calibration.text import read_samples
 from convert.random import write_random
-from glm2_jax import PRESETS, Tokenizer, forward
+from glm2_jax import PRESETS, InputError, Tokenizer, forward
 from glm2_jax.text.prompt import build_prompt
 from infer.memory.shortage import _precision
 from tests.support.checkpoints import names, random_params, save, tiny_config, write_quantized
@@ -148,6 +148,9 @@ def test_samples(tmp_path, source, text):
     assert found.shape == (5, 20) and (found[:, :2] == tokenizer.start_ids).all()
     ids = tokenizer.encode(TEXT)
     assert found[0, 2:].tolist() == ids[:18] and found[-1, 2:].tolist() == ids[-18:]
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(InputError, match="empty.txt has no text"):
+        read_samples(str(tmp_path / "empty.txt"), tokenizer, "chatglm2", 5, 20)
 
 
 @pytest.mark.parametrize("template", ["chatglm2", "chatglm3"])
