@@ -149,13 +149,21 @@ def report(path: str, found: dict[str, Any]) -> list[str]:
 
 
 def _wrong(answer: dict[str, Any]) -> list[str]:
-    """Return the lines about an answer, none if it passed."""
-    reasons = [f"  {name}: {why}" for name, why in answer["failures"].items()]
+    """Return the lines about an answer for a terminal, none if it passed."""
+    return [line for one in _about(answer) for line in fold(f"  {one}", columns())]
+
+
+def _about(answer: dict[str, Any]) -> list[str]:
+    """Return the answer and what is wrong with it, none if it passed."""
+    shown = [] if "error" in answer or not answer["failures"] else [f"answer: {answer['text']!r}"]
+    return [*shown, *_reasons(answer)]
+
+
+def _reasons(answer: dict[str, Any]) -> list[str]:
+    """Return what is wrong with an answer: all checks that failed."""
     if "error" in answer:
-        reasons = [f"  could not be asked: {answer['error']}"]
-    elif reasons:
-        reasons.insert(0, f"  answer: {answer['text']!r}")
-    return [line for reason in reasons for line in fold(reason, columns())]
+        return [f"could not be asked: {answer['error']}"]
+    return [f"{name}: {why}" for name, why in answer["failures"].items()]
 
 
 def junit_xml(path: str, found: dict[str, Any], seconds: float) -> bytes:
@@ -175,8 +183,9 @@ def junit_xml(path: str, found: dict[str, Any], seconds: float) -> bytes:
         names = {key: escape_controls(text) for key, text in names.items()}
         test = ElementTree.SubElement(suite, "testcase", names)
         if not result["passed"]:
-            lines = [line for one in result["answers"] for line in _wrong(one)]
-            wrong = {"message": escape_controls(lines[-1].strip())}
+            lines = [line for one in result["answers"] for line in _about(one)]
+            reasons = [reason for one in result["answers"] for reason in _reasons(one)]
+            wrong = {"message": escape_controls("; ".join(dict.fromkeys(reasons)))}
             node = ElementTree.SubElement(test, "error" if error else "failure", wrong)
             node.text = join_lines(lines)
     ElementTree.indent(suites)

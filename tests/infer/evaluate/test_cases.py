@@ -10,6 +10,7 @@ from glm2_jax.errors import InputError, UsageError
 from infer.evaluate.__main__ import main
 from infer.evaluate.cases.checks import CHECKS, Answer
 from infer.evaluate.cases.read import read_cases
+from infer.evaluate.cases.run import Attempt, figures, junit_xml
 from tests.support.paths import ROOT
 
 DEMO = ROOT / "examples" / "cases" / "demo.yml"
@@ -127,6 +128,24 @@ def test_the_demo_passes_its_cases(tmp_path, capsys):
     groups = {test.get("classname") for test in suite.iter("testcase")}
     topics = "customer service, summary, translation, extraction, arithmetic, safety"
     assert groups == set(topics.split(", "))
+
+
+def test_junit_names_all_failed_checks_whatever_the_terminal(tmp_path, monkeypatch):
+    path = tmp_path / "cases.yml"
+    path.write_text(one("{number: 8, contains: [eight eight, nine nine]}"), encoding="utf-8")
+    cases = read_cases(str(path))
+    tests = cases[0].tests
+    failures = {name: test(Answer("nothing at all", 3)) for name, test in tests.items()}
+    found = figures(str(path), cases, [Attempt(cases[0], [], "nothing at all", failures)] * 2)
+    texts = []
+    for columns in ("40", "160"):
+        monkeypatch.setenv("COLUMNS", columns)
+        texts.append(junit_xml(str(path), found, 1.0))
+    assert texts[0] == texts[1]
+    (failure,) = ElementTree.fromstring(texts[0]).iter("failure")
+    said = "contains: missing: 'eight eight', 'nine nine'"
+    assert failure.get("message") == f"number: no number; {said}"
+    assert (failure.text or "").splitlines().count(said) == 2
 
 
 def test_rounds_repeats_failures_and_errors(toy, tmp_path, capsys):
