@@ -59,12 +59,24 @@ def read_raters(sheet: Sheet, paths: Sequence[str]) -> list[Rater]:
     return list(raters.values())
 
 
-def _read(sheet: Sheet, path: str) -> Rater:
+def _parse(path: str) -> Any:
+    """Return the value of a JSON file; InputError: no such file, cut, a key twice."""
     try:
-        found = parse_json(read_utf8(path))
+        text = read_utf8(path)
     except InputError as error:
+        fix = error.fix or "Name files that raters saved: --rates F ..."
+        raise InputError(error.what, error.why, fix) from None
+    try:
+        return parse_json(text)
+    except InputError as error:
+        if error.what != "not JSON":  # it is complete
+            raise InputError(f"{path}: {error.what}", error.why, _AGAIN) from None
         what = f"{path} is not complete JSON"
         raise InputError(what, error.cause, f"It may have been cut. {_AGAIN}") from None
+
+
+def _read(sheet: Sheet, path: str) -> Rater:
+    found = _parse(path)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise InputError(f"{path} is not a file of ratings", f"Expected the format {FORMAT!r}.")
     if found.get("sheet") != sheet.id:

@@ -174,7 +174,8 @@ def test_rating_files_with_mistakes(sheet, files, tmp_path):
     first = read_sheet(sheet).items[0].id
     row = json.loads(text)
     for content, said in (
-        (text[:-30], "not complete JSON"),
+        (text[:-30], "(?s)not complete JSON.*may have been cut"),
+        ('{"rater": "a", "rater": "b"}', "bad.json: the key 'rater' appears twice\nSave"),
         ("[]", "not a file of ratings"),
         (text.replace(read_sheet(sheet).id, "0" * 16), "rates another sheet\nIt is of sheet '0000"),
         (text.replace('"ann"', '" "'), "does not say who rated"),
@@ -188,6 +189,8 @@ def test_rating_files_with_mistakes(sheet, files, tmp_path):
         with pytest.raises(InputError, match=said) as error:
             rate("--sheet", sheet, "--rates", good, bad)
         assert str(error.value).startswith(str(bad))
+    with pytest.raises(InputError, match=r"cannot read nope.json\nfile not found\nName files"):
+        rate("--sheet", sheet, "--rates", good, "nope.json")
     for change, said in ((("good", "best"), "is damaged"), (None, "not found")):
         key.write_text(key.read_text("utf-8").replace(*change)) if change else key.unlink()
         with pytest.raises(InputError, match=said):
