@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ AB, SCORES = SCALES = ("ab", "1-5")
 BROKEN = -1  # in place of a model: an answer that was made unreadable
 _EVERY = 10  # items for each check of each kind
 _FORMAT = "glm2-jax rating key 1"
+_PAGE_ID = re.compile(r'id="data">\{"sheet":"([0-9a-f]{16})"')
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def key_path(sheet: Path) -> Path:
 
 
 def read_sheet(path: Path) -> Sheet:
-    """Return the sheet of a page, from its key; InputError: not found, or changed."""
+    """Return the sheet of a page, from its key; InputError: not found, changed, or of another."""
     place = key_path(path)
     if not place.exists():
         raise InputError(
@@ -151,4 +153,20 @@ def read_sheet(path: Path) -> Sheet:
     if not same:
         fix = "Restore the file that was written with the sheet."
         raise InputError(f"{place} is damaged", "It is not the key of a sheet.", fix)
+    if path.exists():
+        _check_page(path, place, sheet.id)
     return sheet
+
+
+def _check_page(path: Path, key: Path, id_of_key: str) -> None:
+    """Raise InputError if a page is no sheet, or another one than its key says."""
+    found = _PAGE_ID.search(read_utf8(path))
+    if found is None:
+        what, fix = f"{path} is not a rating sheet", "Restore the page that --answers wrote."
+        raise InputError(what, "No number of a sheet is in it.", fix)
+    if found[1] != id_of_key:
+        raise InputError(
+            f"{key} is the key of another sheet",
+            f"It is of sheet {id_of_key}, and {path} is sheet {found[1]}.",
+            f"Put back the key that was written with {path.name}.",
+        )

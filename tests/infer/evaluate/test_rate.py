@@ -11,7 +11,7 @@ from infer.evaluate.__main__ import main
 from infer.evaluate.rate import judge as judging
 from infer.evaluate.rate.figures import _interval, bradley_terry
 from infer.evaluate.rate.ratings import write_ratings
-from infer.evaluate.rate.sheet import BROKEN, CRITERIA, read_sheet
+from infer.evaluate.rate.sheet import BROKEN, CRITERIA, key_path, read_sheet
 from tests.support.training_data import write_rows
 
 MODELS = ("weak", "fair", "good")
@@ -195,6 +195,19 @@ def test_rating_files_with_mistakes(sheet, files, tmp_path):
         key.write_text(key.read_text("utf-8").replace(*change)) if change else key.unlink()
         with pytest.raises(InputError, match=said):
             rate("--sheet", sheet, "--rates", good)
+
+
+def test_a_key_of_another_sheet(sheet, files, tmp_path):
+    good, other = save(sheet, "ann", marks(sheet)), tmp_path / "other.html"
+    scale = read_sheet(sheet).scale
+    assert rate("--sheet", other, "--answers", *files, "--scale", scale, "--seed", 4) == 0
+    key_path(other).replace(key_path(sheet))
+    for step in (("--rates", good), ("--judge", tmp_path / "toy")):
+        with pytest.raises(InputError, match=r"sheet\.key\.json is the key of another sheet"):
+            rate("--sheet", sheet, *step)
+    sheet.write_text("<html>", encoding="utf-8")
+    with pytest.raises(InputError, match="sheet.html is not a rating sheet"):
+        rate("--sheet", sheet, "--rates", good)
 
 
 def test_answers_and_flags_that_do_not_fit(files, tmp_path):
