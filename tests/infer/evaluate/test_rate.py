@@ -178,8 +178,15 @@ def test_rating_files_with_mistakes(sheet, files, tmp_path):
         ('{"rater": "a", "rater": "b"}', "bad.json: the key 'rater' appears twice\nSave"),
         ("[]", "not a file of ratings"),
         (text.replace(read_sheet(sheet).id, "0" * 16), "rates another sheet\nIt is of sheet '0000"),
-        (text.replace('"ann"', '" "'), "does not say who rated"),
+        (text.replace('"ann"', '" "'), "does not say who rated\nrater is ' '"),
+        (text.replace('"rater"', '"who"'), "does not say who rated\nThe field rater is missing"),
+        (text.replace('"kind"', '"sort"'), "kind of rater rated\nThe field kind is missing"),
+        (json.dumps(row | {"kind": ["cat"]}), "kind is .'cat'.. Expected person or model"),
         (json.dumps(row | {"ratings": []}), "has no ratings"),
+        (
+            json.dumps(row | {"ratings": {first: dict.fromkeys((*CRITERIA, "wit"), "A")}}),
+            f"item {first}: unknown criterion 'wit'\nKnown: readability",
+        ),
         (json.dumps(row | {"ratings": {"999": {}}}), "unknown item '999'\nThe sheet has 44"),
         (json.dumps(row | {"ratings": {first: {"fluency": "A"}}}), f"item {first}: "),
         (json.dumps(row | {"ratings": {first: dict.fromkeys(CRITERIA, "C")}}), "Expected one of"),
@@ -195,6 +202,12 @@ def test_rating_files_with_mistakes(sheet, files, tmp_path):
         key.write_text(key.read_text("utf-8").replace(*change)) if change else key.unlink()
         with pytest.raises(InputError, match=said):
             rate("--sheet", sheet, "--rates", good)
+
+
+def test_a_rater_who_has_rated_nothing(sheet, capsys):
+    ann, bob = save(sheet, "ann", marks(sheet)), save(sheet, "bob", {})
+    assert rate("--sheet", sheet, "--rates", ann, bob) == 0
+    assert f"{bob}: bob has rated nothing" in capsys.readouterr().err
 
 
 def test_a_key_of_another_sheet(sheet, files, tmp_path):
