@@ -58,6 +58,10 @@ def one(checks: str) -> str:
     return f"- name: sum\n  prompt: 3+5=?\n  checks:\n    {checks}\n"
 
 
+def asked(lines: str) -> str:
+    return f"- name: sum\n  checks: {{number: 8}}\n  {lines}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "line", "said"),
     [
@@ -68,9 +72,19 @@ def one(checks: str) -> str:
         ("- [x]", 1, "expected names and values"),
         ("- prompt: a", 1, "a case needs a name"),
         ("- name: sum\n  checks: {number: 8}", 1, "case sum: prompt is missing"),
-        ("- name: sum\n  prompt: 8\n  checks: {number: 8}", 1, r"case sum: prompt is \[8\]"),
-        ("- name: sum\n  prompt: ' '\n  checks: {number: 8}", 1, "case sum: The prompt is empty"),
-        ("- name: sum\n  prompt: a\n  history: [b]\n  checks: {number: 8}", 1, "case sum: "),
+        ("- prompt: a\n  name: 12", 2, '(?s)name: 12 is a number.*a text.*in quotes: "12"'),
+        ("- prompt: a\n  name: yes", 2, '(?s)name: yes is a truth value.*in quotes: "yes"'),
+        ("- prompt: a\n  name: [b]", 2, r"(?s)name is a list, \['b'\].*Write a text"),
+        ("- prompt: a\n  name:", 2, "name is empty"),
+        ("- prompt: a\n  name: ' '", 2, "name is empty"),
+        (asked("prompt: 8"), 3, '(?s)case sum: prompt: 8 is a number.*in quotes: "8"'),
+        (asked("prompt: [a,\n   2024-01-01]"), 4, "prompt: 2024-01-01 is a date"),
+        (asked("prompt: ' '"), 3, "case sum: The prompt is empty"),
+        (asked("prompt:\n  - a\n  - ''"), 5, "case sum: The prompt is empty"),
+        (asked("prompt: []"), 3, "case sum: prompt is empty"),
+        (asked("prompt: a\n  history: [b]"), 4, "case sum: "),
+        (asked("prompt: a\n  system: 8"), 4, "case sum: system: 8 is a number"),
+        (asked('prompt: a\n  system: "\\ud800"'), 4, "case sum: "),
         ("- name: sum\n  prompt: a", 1, "case sum: checks is missing"),
         ("- name: sum\n  promt: a", 2, "(?s)case sum: unknown key 'promt'.*mean prompt"),
         ("- name: sum\n  name: b", 2, "name is given twice\nfirst in line 1"),
