@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from glm2_jax.cli.files import replace_file, require_file_place
+from glm2_jax.cli.interrupt import always
 from glm2_jax.cli.messages import note
 from glm2_jax.cli.tables import columns, fold, table
 from glm2_jax.cli.text_input import read_utf8
@@ -92,10 +93,27 @@ def ask(
             one.answer = done.text
             one.rounds.append((case.prompts[turn], done.reply))
             if turn == len(case.prompts) - 1:
-                answer = Answer(done.text, len(done.output_ids))
-                results = {name: test(answer) for name, test in case.tests.items()}
-                one.failures = {name: why for name, why in results.items() if why}
+                one.failures = check(case, Answer(done.text, len(done.output_ids)))
     return attempts
+
+
+def check(case: Case, answer: Answer) -> dict[str, str]:
+    """Return what is wrong with an answer by the names of the checks.
+
+    An interruption names the check that is running: a regular expression may take for ever.
+    """
+    failures, running = dict[str, str](), ""
+
+    def tell() -> None:
+        if running:
+            note(f"stopped in case {case.name}, line {case.line}, at its check {running}")
+
+    with always(tell):
+        for running, test in case.tests.items():
+            if why := test(answer):
+                failures[running] = why
+        running = ""
+    return failures
 
 
 def figures(path: str, cases: Sequence[Case], attempts: Sequence[Attempt]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -10,7 +11,7 @@ from glm2_jax.errors import InputError, UsageError
 from infer.evaluate.__main__ import main
 from infer.evaluate.cases.checks import CHECKS, Answer
 from infer.evaluate.cases.read import read_cases
-from infer.evaluate.cases.run import Attempt, figures, junit_xml
+from infer.evaluate.cases.run import Attempt, check, figures, junit_xml
 from tests.support.paths import ROOT
 
 DEMO = ROOT / "examples" / "cases" / "demo.yml"
@@ -142,6 +143,22 @@ def test_the_demo_passes_its_cases(tmp_path, capsys):
     groups = {test.get("classname") for test in suite.iter("testcase")}
     topics = "customer service, summary, translation, extraction, arithmetic, safety"
     assert groups == set(topics.split(", "))
+
+
+def test_an_interruption_names_the_case_and_the_check(tmp_path, capsys):
+    path = tmp_path / "cases.yml"
+    path.write_text(one("{number: 8, regex: '(a+)+b'}"), encoding="utf-8")
+    (case,) = read_cases(str(path))
+    assert list(check(case, Answer("aac", 1))) == ["number", "regex"]
+    assert capsys.readouterr().err == ""
+
+    def endless(answer: Answer) -> str:
+        raise KeyboardInterrupt
+
+    stuck = replace(case, tests={**case.tests, "regex": endless})
+    with pytest.raises(KeyboardInterrupt):
+        check(stuck, Answer("8", 1))
+    assert "stopped in case sum, line 1, at its check regex\n" in capsys.readouterr().err
 
 
 def test_junit_names_all_failed_checks_whatever_the_terminal(tmp_path, monkeypatch):
