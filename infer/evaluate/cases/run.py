@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from glm2_jax.cli.files import replace_file, require_file_place
 from glm2_jax.cli.interrupt import always
-from glm2_jax.cli.messages import note
+from glm2_jax.cli.messages import Progress, note
 from glm2_jax.cli.tables import columns, fold, table
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import CheckpointError, InputError, UsageError
@@ -21,12 +21,13 @@ from glm2_jax.text.roles import Reply
 from infer.engine.params import SamplingParams
 from infer.evaluate.cases.checks import Answer
 from infer.evaluate.cases.read import Case, read_cases
-from infer.evaluate.generation import completions, sampling_of
+from infer.evaluate.generation import sampling_of
 from infer.requests.exchange import encode
 from infer.requests.request import Request
 from infer.startup import note_demo_model, open_engine
 
 if TYPE_CHECKING:
+    from infer.engine.answer import Completion
     from infer.engine.engine import Engine
     from infer.evaluate.options import Settings
 
@@ -77,24 +78,53 @@ def ask(
 ) -> list[Attempt]:
     """Return `repeat` attempts of each case, in the order of the cases."""
     attempts = [Attempt(case, list(case.history)) for case in cases for _ in range(repeat)]
-    for turn in range(max(len(case.prompts) for case in cases)):
-        asked: list[tuple[Attempt, list[int]]] = []
-        for one in attempts:
-            if turn >= len(one.case.prompts) or one.error:
-                continue
-            try:
-                request = Request(one.case.prompts[turn], tuple(one.rounds), one.case.system)
-                asked.append((one, encode(engine, request, sampling, None, one.case.name)))
-            except (InputError, UsageError) as error:
-                one.error = error.cause
-        prompts, clean = [ids for _, ids in asked], engine.written.chat
-        for number, done in completions(engine, prompts, sampling, batch, clean):
-            one, case = asked[number][0], asked[number][0].case
-            one.answer = done.text
-            one.rounds.append((case.prompts[turn], done.reply))
-            if turn == len(case.prompts) - 1:
-                one.failures = check(case, Answer(done.text, len(done.output_ids)))
+    turns = max(len(case.prompts) for case in cases)
+    with Progress("cases", len(cases)) as bar:
+        for turn in range(turns):
+            asked = _encoded(engine, attempts, turn, sampling)
+            over = sum(bool(one.error) or len(one.case.prompts) <= turn for one in attempts)
+            for one, done in _answered(engine, asked, sampling, batch, bar):
+                case = one.case
+                one.answer = done.text
+                one.rounds.append((case.prompts[turn], done.reply))
+                if turn == len(case.prompts) - 1:
+                    one.failures = check(case, Answer(done.text, len(done.output_ids)))
+                    over += 1
+                bar(over // repeat, f"prompt {turn + 1} of {turns}" if turns > 1 else "")
     return attempts
+
+
+def _encoded(
+    engine: Engine, attempts: Sequence[Attempt], turn: int, sampling: SamplingParams
+) -> list[tuple[Attempt, list[int]]]:
+    """Return the attempts that have a prompt in this turn, and its ids; others get an error."""
+    asked: list[tuple[Attempt, list[int]]] = []
+    for one in attempts:
+        if turn >= len(one.case.prompts) or one.error:
+            continue
+        try:
+            request = Request(one.case.prompts[turn], tuple(one.rounds), one.case.system)
+            asked.append((one, encode(engine, request, sampling, None, one.case.name)))
+        except (InputError, UsageError) as error:
+            one.error = error.cause
+    return asked
+
+
+def _answered(
+    engine: Engine,
+    asked: Sequence[tuple[Attempt, list[int]]],
+    sampling: SamplingParams,
+    batch: int,
+    bar: Progress,
+) -> Iterator[tuple[Attempt, Completion]]:
+    """Yield the attempts with what the model answers, `batch` at a time, the longest first."""
+    order = sorted(range(len(asked)), key=lambda row: -len(asked[row][1]))
+    for first in range(0, len(order), batch):
+        numbers = order[first : first + batch]
+        ids = [asked[number][1] for number in numbers]
+        found = engine.complete(ids, sampling, row_ids=numbers, clean=engine.written.chat)
+        bar.start += max(one.stats.compile_s for one in found)  # not part of the rate
+        yield from ((asked[number][0], one) for number, one in zip(numbers, found, strict=True))
 
 
 def check(case: Case, answer: Answer) -> dict[str, str]:

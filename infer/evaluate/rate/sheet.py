@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from glm2_jax.cli.text_input import parse_json, read_utf8
-from glm2_jax.errors import InputError
+from glm2_jax.errors import InputError, UsageError
 from infer.evaluate.rate.answers import System
 from infer.page import fill_page
 
@@ -72,11 +72,14 @@ class Sheet:
 
 def make_sheet(systems: Sequence[System], scale: str, seed: int, limit: int | None) -> Sheet:
     """Make a sheet of at most `limit` items, drawn, ordered and turned by a seed, and of checks: a
-    repeat and a broken answer, each for every ten items. InputError: nothing to compare."""
+    repeat and a broken answer, each for every ten items.
+
+    UsageError: --scale ab with one model. InputError: nothing to compare.
+    """
     rng = random.Random(seed)
     width = 2 if scale == AB else 1
     if len(systems) < width:
-        raise InputError(
+        raise UsageError(
             "--scale ab compares answers of several models, and --answers names one file",
             fix="Name more files, or choose --scale 1-5.",
         )

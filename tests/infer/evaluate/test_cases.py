@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from glm2_jax.cli.messages import Progress
 from glm2_jax.errors import InputError, UsageError
 from infer.evaluate.__main__ import main
 from infer.evaluate.cases.checks import CHECKS, Answer
@@ -179,7 +180,13 @@ def test_junit_names_all_failed_checks_whatever_the_terminal(tmp_path, monkeypat
     assert (failure.text or "").splitlines().count(said) == 2
 
 
-def test_rounds_repeats_failures_and_errors(toy, tmp_path, capsys):
+def test_rounds_repeats_failures_and_errors(toy, tmp_path, capsys, monkeypatch):
+    shown: list[tuple[str, float, float, str]] = []
+
+    def show(bar: Progress, done: float, more: str = "") -> None:
+        shown.append((bar.label, done, bar.total, more))
+
+    monkeypatch.setattr(Progress, "__call__", show)
     path, junit = tmp_path / "cases.yml", tmp_path / "cases.xml"
     cases = [
         {"name": "rounds", "prompt": ["你好", "今天"], "checks": {"length": {"max": 1000}}},
@@ -191,6 +198,9 @@ def test_rounds_repeats_failures_and_errors(toy, tmp_path, capsys):
     assert main([*flags, "--json", "--junit", str(junit)]) == 4
     found = json.loads(capsys.readouterr().out)
     assert [row["passed"] for row in found["results"]] == [True, False, False]
+    first, *_, before, last = (one for one in shown if one[0] == "cases")
+    assert first[1] >= 1  # one could not be asked
+    assert before == ("cases", 2, 3, "prompt 1 of 2") and last == ("cases", 3, 3, "prompt 2 of 2")
     greedy = {"temperature": 0, "max_new_tokens": 4}
     _, history = toy.chat("你好", **greedy)
     assert found["results"][0]["answers"][0]["text"] == toy.chat("今天", history, **greedy)[0]

@@ -245,11 +245,11 @@ def test_answers_and_flags_that_do_not_fit(files, tmp_path):
     one.write_text('{"prompt": "\\ud800", "text": ""}')
     with pytest.raises(InputError, match="one.jsonl:1: it has half of a character"):
         rate("--sheet", sheet, "--answers", one)
-    for names, said in (
-        ([files[0]], "--answers names one file"),
-        ([files[0], f"b={files[0]}"], "nothing to compare"),
+    for names, kind, said in (
+        ([files[0]], UsageError, "--answers names one file"),
+        ([files[0], f"b={files[0]}"], InputError, "nothing to compare"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(kind, match=said):
             rate("--sheet", sheet, "--answers", *names)
     assert not sheet.exists()
 
