@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from glm2_jax.errors import InputError, UsageError
+from infer.engine.load import demo_folder
 from infer.evaluate.__main__ import main
 from infer.evaluate.rate import judge as judging
 from infer.evaluate.rate.figures import _interval, bradley_terry
@@ -282,3 +283,22 @@ def test_a_model_judges_on_both_sides(sheet, engine, monkeypatch, tmp_path, caps
     assert json.loads(written.read_bytes())["kind"] == "model"
     assert rate("--sheet", few, "--rates", written) == 0
     assert "by toy (model)" in capsys.readouterr().out
+
+
+def test_the_demo_as_a_judge(sheet, engine, monkeypatch, tmp_path, capsys):
+    opened = []
+
+    def open_engine(choice, *args, **kwargs):
+        opened.append(Path(choice.path))
+        return engine
+
+    monkeypatch.setattr("infer.startup.open_engine", open_engine)
+    monkeypatch.setattr(judging, "judge", lambda *args: {})
+    monkeypatch.chdir(tmp_path)
+    assert rate("--sheet", sheet, "--judge", "demo") == 0
+    assert "the judge is the bundled demo model" in capsys.readouterr().err
+    (tmp_path / "demo").mkdir()
+    assert rate("--sheet", sheet, "--judge", "demo", "--overwrite") == 0
+    assert opened == [demo_folder(), Path("demo")]
+    assert json.loads((tmp_path / "sheet.demo.json").read_bytes())["rater"] == "demo"
+    assert "bundled" not in capsys.readouterr().err
