@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,13 @@ from infer.evaluate.cases.checks import CHECKS, Test
 from infer.requests.request import Request
 
 FORM = "Write a list of cases, such as - {name: sum, prompt: 3+5=?, checks: {number: 8}}."
+_KINDS = (  # what YAML makes of an entry that is no text; a truth value is an int, too
+    (bool, "a truth value"),
+    ((int, float), "a number"),
+    (datetime.date, "a date"),
+    (list, "a list"),
+    (dict, "a mapping"),
+)
 _KEYS = ("name", "group", "prompt", "history", "system", "checks")
 
 
@@ -75,40 +83,70 @@ class _Reader:
         """Return a case; InputError with its place."""
         self.name, line = "", node.start_mark.line + 1
         found = self._entries(node)
-        name = found["name"].value if "name" in found else None
-        if not isinstance(name, str) or not name.strip():
-            raise self._bad(line, "a case needs a name", "expected a text", FORM)
-        self.name = name
+        if "name" not in found:
+            raise self._bad(line, "a case needs a name", "name is missing", FORM)
+        self.name = name = self._text("name", found["name"])
+        if not name.strip():
+            raise self._bad(found["name"].line, "name is empty", "a case needs a name", FORM)
         for key, entry in found.items():
             if key not in _KEYS:
                 raise self._bad(entry.line, f"unknown key {shorten(key)}", *_near(key, _KEYS))
         if "checks" not in found:
             raise self._bad(line, "checks is missing", f"known: {', '.join(CHECKS)}", FORM)
-        value = {key: entry.value for key, entry in found.items()}
-        return Case(name, line, *self._asked(line, value), self._tests(found["checks"].node))
+        return Case(name, line, *self._asked(line, found), self._tests(found["checks"].node))
 
     def _asked(
-        self, line: int, value: Mapping[str, Any]
+        self, line: int, found: Mapping[str, _Entry]
     ) -> tuple[str, tuple[str, ...], Turns, str | None]:
         """Return the group, the prompts, the history and the system text of a case."""
-        prompts: Any = value.get("prompt")
-        prompts = prompts if isinstance(prompts, list) else [prompts]
-        if not prompts or not all(isinstance(one, str) for one in prompts):
-            what = "prompt is missing" if prompts == [None] else f"prompt is {shorten(prompts)}"
-            why = "expected a text, or a list of texts that are asked one after another"
-            raise self._bad(line, what, why, "Put numbers and yes, no, true in quotes.")
-        group, system = value.get("group", "cases"), value.get("system")
-        for name, one in (("group", group), ("system", system)):
-            if not isinstance(one, str | None):
-                what = f"{name} is {shorten(one)}"
-                raise self._bad(line, what, "expected a text", "Put it in quotes.")
-        try:
-            history = parse_history(value["history"]) if "history" in value else ()
-            for prompt in prompts:
-                Request(prompt, history, system)
-        except InputError as error:
-            raise self._bad(line, error.what, error.why, error.fix) from None
-        return group or "cases", tuple(prompts), history, system
+        prompts = self._prompts(line, found.get("prompt"))
+        texts: dict[str, str | None] = {"group": None, "system": None}
+        for name in texts:
+            if name in found and found[name].value is not None:
+                texts[name] = self._text(name, found[name])
+        history: Turns = ()
+        for name in ("history", "system"):
+            if name not in found:
+                continue
+            try:
+                if name == "history":
+                    history = parse_history(found[name].value)
+                Request(prompts[0], history, texts["system"] if name == "system" else None)
+            except InputError as error:
+                raise self._bad(found[name].line, error.what, error.why, error.fix) from None
+        return texts["group"] or "cases", prompts, history, texts["system"]
+
+    def _prompts(self, line: int, entry: _Entry | None) -> tuple[str, ...]:
+        """Return the prompts of a case, at least one."""
+        why = "expected a text, or a list of texts that are asked one after another"
+        if entry is None or entry.value is None or entry.value == []:
+            at = line if entry is None else entry.line
+            raise self._bad(at, f"prompt is {'missing' if entry is None else 'empty'}", why, FORM)
+        entries = [entry]
+        if isinstance(entry.value, list):
+            nodes = zip(entry.node.value, entry.value, strict=True)
+            entries = [_Entry(node.start_mark.line + 1, node, value) for node, value in nodes]
+        prompts = []
+        for one in entries:
+            prompts.append(self._text("prompt", one))
+            try:
+                Request(prompts[-1])
+            except InputError as error:
+                raise self._bad(one.line, error.what, error.why, error.fix) from None
+        return tuple(prompts)
+
+    def _text(self, name: str, entry: _Entry) -> str:
+        """Return the text of an entry; InputError says what it is instead, and how to write it."""
+        value, node = entry.value, entry.node
+        if isinstance(value, str):
+            return value
+        if value is None:
+            raise self._bad(entry.line, f"{name} is empty", "expected a text", "Write a text.")
+        kind = next((word for kinds, word in _KINDS if isinstance(value, kinds)), "no text")
+        what, fix = f"{name} is {kind}, {shorten(value)}", "Write a text."
+        if isinstance(node, yaml.ScalarNode):
+            what, fix = f"{name}: {node.value} is {kind}", f'Put it in quotes: "{node.value}".'
+        raise self._bad(entry.line, what, "expected a text", fix)
 
     def _tests(self, node: yaml.Node) -> dict[str, Test]:
         """Return the tests of a case by the names of their checks."""

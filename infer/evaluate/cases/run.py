@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from glm2_jax.cli.files import replace_file, require_file_place
-from glm2_jax.cli.messages import note
+from glm2_jax.cli.interrupt import always
+from glm2_jax.cli.messages import Progress, note
 from glm2_jax.cli.tables import columns, fold, table
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import CheckpointError, InputError, UsageError
@@ -20,12 +21,13 @@ from glm2_jax.text.roles import Reply
 from infer.engine.params import SamplingParams
 from infer.evaluate.cases.checks import Answer
 from infer.evaluate.cases.read import Case, read_cases
-from infer.evaluate.generation import completions, sampling_of
+from infer.evaluate.generation import sampling_of
 from infer.requests.exchange import encode
 from infer.requests.request import Request
 from infer.startup import note_demo_model, open_engine
 
 if TYPE_CHECKING:
+    from infer.engine.answer import Completion
     from infer.engine.engine import Engine
     from infer.evaluate.options import Settings
 
@@ -76,26 +78,72 @@ def ask(
 ) -> list[Attempt]:
     """Return `repeat` attempts of each case, in the order of the cases."""
     attempts = [Attempt(case, list(case.history)) for case in cases for _ in range(repeat)]
-    for turn in range(max(len(case.prompts) for case in cases)):
-        asked: list[tuple[Attempt, list[int]]] = []
-        for one in attempts:
-            if turn >= len(one.case.prompts) or one.error:
-                continue
-            try:
-                request = Request(one.case.prompts[turn], tuple(one.rounds), one.case.system)
-                asked.append((one, encode(engine, request, sampling, None, one.case.name)))
-            except (InputError, UsageError) as error:
-                one.error = error.cause
-        prompts, clean = [ids for _, ids in asked], engine.written.chat
-        for number, done in completions(engine, prompts, sampling, batch, clean):
-            one, case = asked[number][0], asked[number][0].case
-            one.answer = done.text
-            one.rounds.append((case.prompts[turn], done.reply))
-            if turn == len(case.prompts) - 1:
-                answer = Answer(done.text, len(done.output_ids))
-                results = {name: test(answer) for name, test in case.tests.items()}
-                one.failures = {name: why for name, why in results.items() if why}
+    turns = max(len(case.prompts) for case in cases)
+    with Progress("cases", len(cases)) as bar:
+        for turn in range(turns):
+            asked = _encoded(engine, attempts, turn, sampling)
+            over = sum(bool(one.error) or len(one.case.prompts) <= turn for one in attempts)
+            for one, done in _answered(engine, asked, sampling, batch, bar):
+                case = one.case
+                one.answer = done.text
+                one.rounds.append((case.prompts[turn], done.reply))
+                if turn == len(case.prompts) - 1:
+                    one.failures = check(case, Answer(done.text, len(done.output_ids)))
+                    over += 1
+                bar(over // repeat, f"prompt {turn + 1} of {turns}" if turns > 1 else "")
     return attempts
+
+
+def _encoded(
+    engine: Engine, attempts: Sequence[Attempt], turn: int, sampling: SamplingParams
+) -> list[tuple[Attempt, list[int]]]:
+    """Return the attempts that have a prompt in this turn, and its ids; others get an error."""
+    asked: list[tuple[Attempt, list[int]]] = []
+    for one in attempts:
+        if turn >= len(one.case.prompts) or one.error:
+            continue
+        try:
+            request = Request(one.case.prompts[turn], tuple(one.rounds), one.case.system)
+            asked.append((one, encode(engine, request, sampling, None, one.case.name)))
+        except (InputError, UsageError) as error:
+            one.error = error.cause
+    return asked
+
+
+def _answered(
+    engine: Engine,
+    asked: Sequence[tuple[Attempt, list[int]]],
+    sampling: SamplingParams,
+    batch: int,
+    bar: Progress,
+) -> Iterator[tuple[Attempt, Completion]]:
+    """Yield the attempts with what the model answers, `batch` at a time, the longest first."""
+    order = sorted(range(len(asked)), key=lambda row: -len(asked[row][1]))
+    for first in range(0, len(order), batch):
+        numbers = order[first : first + batch]
+        ids = [asked[number][1] for number in numbers]
+        found = engine.complete(ids, sampling, row_ids=numbers, clean=engine.written.chat)
+        bar.start += max(one.stats.compile_s for one in found)  # not part of the rate
+        yield from ((asked[number][0], one) for number, one in zip(numbers, found, strict=True))
+
+
+def check(case: Case, answer: Answer) -> dict[str, str]:
+    """Return what is wrong with an answer by the names of the checks.
+
+    An interruption names the check that is running: a regular expression may take for ever.
+    """
+    failures, running = dict[str, str](), ""
+
+    def tell() -> None:
+        if running:
+            note(f"stopped in case {case.name}, line {case.line}, at its check {running}")
+
+    with always(tell):
+        for running, test in case.tests.items():
+            if why := test(answer):
+                failures[running] = why
+        running = ""
+    return failures
 
 
 def figures(path: str, cases: Sequence[Case], attempts: Sequence[Attempt]) -> dict[str, Any]:
@@ -149,13 +197,21 @@ def report(path: str, found: dict[str, Any]) -> list[str]:
 
 
 def _wrong(answer: dict[str, Any]) -> list[str]:
-    """Return the lines about an answer, none if it passed."""
-    reasons = [f"  {name}: {why}" for name, why in answer["failures"].items()]
+    """Return the lines about an answer for a terminal, none if it passed."""
+    return [line for one in _about(answer) for line in fold(f"  {one}", columns())]
+
+
+def _about(answer: dict[str, Any]) -> list[str]:
+    """Return the answer and what is wrong with it, none if it passed."""
+    shown = [] if "error" in answer or not answer["failures"] else [f"answer: {answer['text']!r}"]
+    return [*shown, *_reasons(answer)]
+
+
+def _reasons(answer: dict[str, Any]) -> list[str]:
+    """Return what is wrong with an answer: all checks that failed."""
     if "error" in answer:
-        reasons = [f"  could not be asked: {answer['error']}"]
-    elif reasons:
-        reasons.insert(0, f"  answer: {answer['text']!r}")
-    return [line for reason in reasons for line in fold(reason, columns())]
+        return [f"could not be asked: {answer['error']}"]
+    return [f"{name}: {why}" for name, why in answer["failures"].items()]
 
 
 def junit_xml(path: str, found: dict[str, Any], seconds: float) -> bytes:
@@ -175,8 +231,9 @@ def junit_xml(path: str, found: dict[str, Any], seconds: float) -> bytes:
         names = {key: escape_controls(text) for key, text in names.items()}
         test = ElementTree.SubElement(suite, "testcase", names)
         if not result["passed"]:
-            lines = [line for one in result["answers"] for line in _wrong(one)]
-            wrong = {"message": escape_controls(lines[-1].strip())}
+            lines = [line for one in result["answers"] for line in _about(one)]
+            reasons = [reason for one in result["answers"] for reason in _reasons(one)]
+            wrong = {"message": escape_controls("; ".join(dict.fromkeys(reasons)))}
             node = ElementTree.SubElement(test, "error" if error else "failure", wrong)
             node.text = join_lines(lines)
     ElementTree.indent(suites)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from glm2_jax.cli.messages import note
 from glm2_jax.cli.text_input import parse_json, read_utf8
 from glm2_jax.errors import InputError, shorten
 from infer.evaluate.rate.sheet import AB, BROKEN, CRITERIA, Item, Sheet
@@ -59,12 +60,24 @@ def read_raters(sheet: Sheet, paths: Sequence[str]) -> list[Rater]:
     return list(raters.values())
 
 
-def _read(sheet: Sheet, path: str) -> Rater:
+def _parse(path: str) -> Any:
+    """Return the value of a JSON file; InputError: no such file, cut, a key twice."""
     try:
-        found = parse_json(read_utf8(path))
+        text = read_utf8(path)
     except InputError as error:
+        fix = error.fix or "Name files that raters saved: --rates F ..."
+        raise InputError(error.what, error.why, fix) from None
+    try:
+        return parse_json(text)
+    except InputError as error:
+        if error.what != "not JSON":  # it is complete
+            raise InputError(f"{path}: {error.what}", error.why, _AGAIN) from None
         what = f"{path} is not complete JSON"
         raise InputError(what, error.cause, f"It may have been cut. {_AGAIN}") from None
+
+
+def _read(sheet: Sheet, path: str) -> Rater:
+    found = _parse(path)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise InputError(f"{path} is not a file of ratings", f"Expected the format {FORMAT!r}.")
     if found.get("sheet") != sheet.id:
@@ -74,10 +87,27 @@ def _read(sheet: Sheet, path: str) -> Rater:
             "Name the sheet that was rated: --sheet FILE.html.",
         )
     name, kind, ratings = found.get("rater"), found.get("kind"), found.get("ratings")
-    if not isinstance(name, str) or not name.strip() or kind not in KINDS:
-        raise InputError(f"{path} does not say who rated", fix=_AGAIN)
+    if not isinstance(name, str) or not name.strip():
+        raise InputError(f"{path} does not say who rated", _field(found, "rater"), _AGAIN)
+    if kind not in KINDS:
+        why = f"{_field(found, 'kind')} Expected {' or '.join(KINDS)}."
+        raise InputError(f"{path} does not say what kind of rater rated", why, _AGAIN)
     if not isinstance(ratings, dict):
-        raise InputError(f"{path} has no ratings", fix=_AGAIN)
+        raise InputError(f"{path} has no ratings", _field(found, "ratings"), _AGAIN)
+    if not ratings:
+        note(f"{path}: {name.strip()} has rated nothing")
+    marks = _marks(sheet, path, ratings)
+    return Rater(name.strip(), kind, path, marks)
+
+
+def _field(found: Mapping[str, Any], name: str) -> str:
+    """Return what is wrong with a field."""
+    is_there = name in found
+    return f"{name} is {shorten(found[name])}." if is_there else f"The field {name} is missing."
+
+
+def _marks(sheet: Sheet, path: str, ratings: Mapping[str, Any]) -> dict[str, Marks]:
+    """Return the marks of each item by its id; InputError: an unknown item, criterion or mark."""
     known = {item.id for item in sheet.items}
     words: Mapping[Any, int] = _SIDES if sheet.scale == AB else _SCORES
     marks = {}
@@ -85,6 +115,9 @@ def _read(sheet: Sheet, path: str) -> Rater:
         if item not in known:
             what, why = f"{path}: unknown item {shorten(item)}", f"The sheet has {len(known)}."
             raise InputError(what, why, _AGAIN)
+        if isinstance(given, dict) and (more := [key for key in given if key not in CRITERIA]):
+            what = f"{path}: item {item}: unknown criterion {shorten(more[0])}"
+            raise InputError(what, f"Known: {', '.join(CRITERIA)}.", _AGAIN)
         try:
             marks[item] = {name: words[given[name]] for name in CRITERIA}
         except (KeyError, TypeError):
@@ -92,7 +125,7 @@ def _read(sheet: Sheet, path: str) -> Rater:
             raise InputError(
                 what, f"Expected one of {expected} for each criterion.", _AGAIN
             ) from None
-    return Rater(name.strip(), kind, path, marks)
+    return marks
 
 
 @dataclass(frozen=True)

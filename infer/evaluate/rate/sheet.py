@@ -10,12 +10,13 @@ import hashlib
 import itertools
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from glm2_jax.cli.text_input import parse_json, read_utf8
-from glm2_jax.errors import InputError
+from glm2_jax.errors import InputError, UsageError
 from infer.evaluate.rate.answers import System
 from infer.page import fill_page
 
@@ -24,6 +25,7 @@ AB, SCORES = SCALES = ("ab", "1-5")
 BROKEN = -1  # in place of a model: an answer that was made unreadable
 _EVERY = 10  # items for each check of each kind
 _FORMAT = "glm2-jax rating key 1"
+_PAGE_ID = re.compile(r'id="data">\{"sheet":"([0-9a-f]{16})"')
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,14 @@ class Sheet:
 
 def make_sheet(systems: Sequence[System], scale: str, seed: int, limit: int | None) -> Sheet:
     """Make a sheet of at most `limit` items, drawn, ordered and turned by a seed, and of checks: a
-    repeat and a broken answer, each for every ten items. InputError: nothing to compare."""
+    repeat and a broken answer, each for every ten items.
+
+    UsageError: --scale ab with one model. InputError: nothing to compare.
+    """
     rng = random.Random(seed)
     width = 2 if scale == AB else 1
     if len(systems) < width:
-        raise InputError(
+        raise UsageError(
             "--scale ab compares answers of several models, and --answers names one file",
             fix="Name more files, or choose --scale 1-5.",
         )
@@ -130,7 +135,7 @@ def key_path(sheet: Path) -> Path:
 
 
 def read_sheet(path: Path) -> Sheet:
-    """Return the sheet of a page, from its key; InputError: not found, or changed."""
+    """Return the sheet of a page, from its key; InputError: not found, changed, or of another."""
     place = key_path(path)
     if not place.exists():
         raise InputError(
@@ -151,4 +156,20 @@ def read_sheet(path: Path) -> Sheet:
     if not same:
         fix = "Restore the file that was written with the sheet."
         raise InputError(f"{place} is damaged", "It is not the key of a sheet.", fix)
+    if path.exists():
+        _check_page(path, place, sheet.id)
     return sheet
+
+
+def _check_page(path: Path, key: Path, id_of_key: str) -> None:
+    """Raise InputError if a page is no sheet, or another one than its key says."""
+    found = _PAGE_ID.search(read_utf8(path))
+    if found is None:
+        what, fix = f"{path} is not a rating sheet", "Restore the page that --answers wrote."
+        raise InputError(what, "No number of a sheet is in it.", fix)
+    if found[1] != id_of_key:
+        raise InputError(
+            f"{key} is the key of another sheet",
+            f"It is of sheet {id_of_key}, and {path} is sheet {found[1]}.",
+            f"Put back the key that was written with {path.name}.",
+        )

@@ -2,14 +2,17 @@
 
 import json
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 
+from glm2_jax.cli.messages import Progress
 from glm2_jax.errors import InputError, UsageError
 from infer.evaluate.__main__ import main
 from infer.evaluate.cases.checks import CHECKS, Answer
 from infer.evaluate.cases.read import read_cases
+from infer.evaluate.cases.run import Attempt, check, figures, junit_xml
 from tests.support.paths import ROOT
 
 DEMO = ROOT / "examples" / "cases" / "demo.yml"
@@ -57,6 +60,10 @@ def one(checks: str) -> str:
     return f"- name: sum\n  prompt: 3+5=?\n  checks:\n    {checks}\n"
 
 
+def asked(lines: str) -> str:
+    return f"- name: sum\n  checks: {{number: 8}}\n  {lines}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "line", "said"),
     [
@@ -67,9 +74,19 @@ def one(checks: str) -> str:
         ("- [x]", 1, "expected names and values"),
         ("- prompt: a", 1, "a case needs a name"),
         ("- name: sum\n  checks: {number: 8}", 1, "case sum: prompt is missing"),
-        ("- name: sum\n  prompt: 8\n  checks: {number: 8}", 1, r"case sum: prompt is \[8\]"),
-        ("- name: sum\n  prompt: ' '\n  checks: {number: 8}", 1, "case sum: The prompt is empty"),
-        ("- name: sum\n  prompt: a\n  history: [b]\n  checks: {number: 8}", 1, "case sum: "),
+        ("- prompt: a\n  name: 12", 2, '(?s)name: 12 is a number.*a text.*in quotes: "12"'),
+        ("- prompt: a\n  name: yes", 2, '(?s)name: yes is a truth value.*in quotes: "yes"'),
+        ("- prompt: a\n  name: [b]", 2, r"(?s)name is a list, \['b'\].*Write a text"),
+        ("- prompt: a\n  name:", 2, "name is empty"),
+        ("- prompt: a\n  name: ' '", 2, "name is empty"),
+        (asked("prompt: 8"), 3, '(?s)case sum: prompt: 8 is a number.*in quotes: "8"'),
+        (asked("prompt: [a,\n   2024-01-01]"), 4, "prompt: 2024-01-01 is a date"),
+        (asked("prompt: ' '"), 3, "case sum: The prompt is empty"),
+        (asked("prompt:\n  - a\n  - ''"), 5, "case sum: The prompt is empty"),
+        (asked("prompt: []"), 3, "case sum: prompt is empty"),
+        (asked("prompt: a\n  history: [b]"), 4, "case sum: "),
+        (asked("prompt: a\n  system: 8"), 4, "case sum: system: 8 is a number"),
+        (asked('prompt: a\n  system: "\\ud800"'), 4, "case sum: "),
         ("- name: sum\n  prompt: a", 1, "case sum: checks is missing"),
         ("- name: sum\n  promt: a", 2, "(?s)case sum: unknown key 'promt'.*mean prompt"),
         ("- name: sum\n  name: b", 2, "name is given twice\nfirst in line 1"),
@@ -129,7 +146,47 @@ def test_the_demo_passes_its_cases(tmp_path, capsys):
     assert groups == set(topics.split(", "))
 
 
-def test_rounds_repeats_failures_and_errors(toy, tmp_path, capsys):
+def test_an_interruption_names_the_case_and_the_check(tmp_path, capsys):
+    path = tmp_path / "cases.yml"
+    path.write_text(one("{number: 8, regex: '(a+)+b'}"), encoding="utf-8")
+    (case,) = read_cases(str(path))
+    assert list(check(case, Answer("aac", 1))) == ["number", "regex"]
+    assert capsys.readouterr().err == ""
+
+    def endless(answer: Answer) -> str:
+        raise KeyboardInterrupt
+
+    stuck = replace(case, tests={**case.tests, "regex": endless})
+    with pytest.raises(KeyboardInterrupt):
+        check(stuck, Answer("8", 1))
+    assert "stopped in case sum, line 1, at its check regex\n" in capsys.readouterr().err
+
+
+def test_junit_names_all_failed_checks_whatever_the_terminal(tmp_path, monkeypatch):
+    path = tmp_path / "cases.yml"
+    path.write_text(one("{number: 8, contains: [eight eight, nine nine]}"), encoding="utf-8")
+    cases = read_cases(str(path))
+    tests = cases[0].tests
+    failures = {name: test(Answer("nothing at all", 3)) for name, test in tests.items()}
+    found = figures(str(path), cases, [Attempt(cases[0], [], "nothing at all", failures)] * 2)
+    texts = []
+    for columns in ("40", "160"):
+        monkeypatch.setenv("COLUMNS", columns)
+        texts.append(junit_xml(str(path), found, 1.0))
+    assert texts[0] == texts[1]
+    (failure,) = ElementTree.fromstring(texts[0]).iter("failure")
+    said = "contains: missing: 'eight eight', 'nine nine'"
+    assert failure.get("message") == f"number: no number; {said}"
+    assert (failure.text or "").splitlines().count(said) == 2
+
+
+def test_rounds_repeats_failures_and_errors(toy, tmp_path, capsys, monkeypatch):
+    shown: list[tuple[str, float, float, str]] = []
+
+    def show(bar: Progress, done: float, more: str = "") -> None:
+        shown.append((bar.label, done, bar.total, more))
+
+    monkeypatch.setattr(Progress, "__call__", show)
     path, junit = tmp_path / "cases.yml", tmp_path / "cases.xml"
     cases = [
         {"name": "rounds", "prompt": ["你好", "今天"], "checks": {"length": {"max": 1000}}},
@@ -141,6 +198,9 @@ def test_rounds_repeats_failures_and_errors(toy, tmp_path, capsys):
     assert main([*flags, "--json", "--junit", str(junit)]) == 4
     found = json.loads(capsys.readouterr().out)
     assert [row["passed"] for row in found["results"]] == [True, False, False]
+    first, *_, before, last = (one for one in shown if one[0] == "cases")
+    assert first[1] >= 1  # one could not be asked
+    assert before == ("cases", 2, 3, "prompt 1 of 2") and last == ("cases", 3, 3, "prompt 2 of 2")
     greedy = {"temperature": 0, "max_new_tokens": 4}
     _, history = toy.chat("你好", **greedy)
     assert found["results"][0]["answers"][0]["text"] == toy.chat("今天", history, **greedy)[0]

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from glm2_jax.errors import InputError, UsageError
+from infer.engine.load import demo_folder
 from infer.evaluate.__main__ import main
 from infer.evaluate.rate import judge as judging
 from infer.evaluate.rate.figures import _interval, bradley_terry
 from infer.evaluate.rate.ratings import write_ratings
-from infer.evaluate.rate.sheet import BROKEN, CRITERIA, read_sheet
+from infer.evaluate.rate.sheet import BROKEN, CRITERIA, key_path, read_sheet
 from tests.support.training_data import write_rows
 
 MODELS = ("weak", "fair", "good")
@@ -174,11 +175,19 @@ def test_rating_files_with_mistakes(sheet, files, tmp_path):
     first = read_sheet(sheet).items[0].id
     row = json.loads(text)
     for content, said in (
-        (text[:-30], "not complete JSON"),
+        (text[:-30], "(?s)not complete JSON.*may have been cut"),
+        ('{"rater": "a", "rater": "b"}', "bad.json: the key 'rater' appears twice\nSave"),
         ("[]", "not a file of ratings"),
         (text.replace(read_sheet(sheet).id, "0" * 16), "rates another sheet\nIt is of sheet '0000"),
-        (text.replace('"ann"', '" "'), "does not say who rated"),
+        (text.replace('"ann"', '" "'), "does not say who rated\nrater is ' '"),
+        (text.replace('"rater"', '"who"'), "does not say who rated\nThe field rater is missing"),
+        (text.replace('"kind"', '"sort"'), "kind of rater rated\nThe field kind is missing"),
+        (json.dumps(row | {"kind": ["cat"]}), "kind is .'cat'.. Expected person or model"),
         (json.dumps(row | {"ratings": []}), "has no ratings"),
+        (
+            json.dumps(row | {"ratings": {first: dict.fromkeys((*CRITERIA, "wit"), "A")}}),
+            f"item {first}: unknown criterion 'wit'\nKnown: readability",
+        ),
         (json.dumps(row | {"ratings": {"999": {}}}), "unknown item '999'\nThe sheet has 44"),
         (json.dumps(row | {"ratings": {first: {"fluency": "A"}}}), f"item {first}: "),
         (json.dumps(row | {"ratings": {first: dict.fromkeys(CRITERIA, "C")}}), "Expected one of"),
@@ -188,10 +197,31 @@ def test_rating_files_with_mistakes(sheet, files, tmp_path):
         with pytest.raises(InputError, match=said) as error:
             rate("--sheet", sheet, "--rates", good, bad)
         assert str(error.value).startswith(str(bad))
+    with pytest.raises(InputError, match=r"cannot read nope.json\nfile not found\nName files"):
+        rate("--sheet", sheet, "--rates", good, "nope.json")
     for change, said in ((("good", "best"), "is damaged"), (None, "not found")):
         key.write_text(key.read_text("utf-8").replace(*change)) if change else key.unlink()
         with pytest.raises(InputError, match=said):
             rate("--sheet", sheet, "--rates", good)
+
+
+def test_a_rater_who_has_rated_nothing(sheet, capsys):
+    ann, bob = save(sheet, "ann", marks(sheet)), save(sheet, "bob", {})
+    assert rate("--sheet", sheet, "--rates", ann, bob) == 0
+    assert f"{bob}: bob has rated nothing" in capsys.readouterr().err
+
+
+def test_a_key_of_another_sheet(sheet, files, tmp_path):
+    good, other = save(sheet, "ann", marks(sheet)), tmp_path / "other.html"
+    scale = read_sheet(sheet).scale
+    assert rate("--sheet", other, "--answers", *files, "--scale", scale, "--seed", 4) == 0
+    key_path(other).replace(key_path(sheet))
+    for step in (("--rates", good), ("--judge", tmp_path / "toy")):
+        with pytest.raises(InputError, match=r"sheet\.key\.json is the key of another sheet"):
+            rate("--sheet", sheet, *step)
+    sheet.write_text("<html>", encoding="utf-8")
+    with pytest.raises(InputError, match="sheet.html is not a rating sheet"):
+        rate("--sheet", sheet, "--rates", good)
 
 
 def test_answers_and_flags_that_do_not_fit(files, tmp_path):
@@ -216,11 +246,11 @@ def test_answers_and_flags_that_do_not_fit(files, tmp_path):
     one.write_text('{"prompt": "\\ud800", "text": ""}')
     with pytest.raises(InputError, match="one.jsonl:1: it has half of a character"):
         rate("--sheet", sheet, "--answers", one)
-    for names, said in (
-        ([files[0]], "--answers names one file"),
-        ([files[0], f"b={files[0]}"], "nothing to compare"),
+    for names, kind, said in (
+        ([files[0]], UsageError, "--answers names one file"),
+        ([files[0], f"b={files[0]}"], InputError, "nothing to compare"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(kind, match=said):
             rate("--sheet", sheet, "--answers", *names)
     assert not sheet.exists()
 
@@ -253,3 +283,22 @@ def test_a_model_judges_on_both_sides(sheet, engine, monkeypatch, tmp_path, caps
     assert json.loads(written.read_bytes())["kind"] == "model"
     assert rate("--sheet", few, "--rates", written) == 0
     assert "by toy (model)" in capsys.readouterr().out
+
+
+def test_the_demo_as_a_judge(sheet, engine, monkeypatch, tmp_path, capsys):
+    opened = []
+
+    def open_engine(choice, *args, **kwargs):
+        opened.append(Path(choice.path))
+        return engine
+
+    monkeypatch.setattr("infer.startup.open_engine", open_engine)
+    monkeypatch.setattr(judging, "judge", lambda *args: {})
+    monkeypatch.chdir(tmp_path)
+    assert rate("--sheet", sheet, "--judge", "demo") == 0
+    assert "the judge is the bundled demo model" in capsys.readouterr().err
+    (tmp_path / "demo").mkdir()
+    assert rate("--sheet", sheet, "--judge", "demo", "--overwrite") == 0
+    assert opened == [demo_folder(), Path("demo")]
+    assert json.loads((tmp_path / "sheet.demo.json").read_bytes())["rater"] == "demo"
+    assert "bundled" not in capsys.readouterr().err
