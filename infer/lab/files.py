@@ -14,7 +14,7 @@ from typing import Any
 
 from glm2_jax.cli.main import is_out_of_memory
 from glm2_jax.cli.text_input import read_utf8
-from glm2_jax.errors import GLMError, InputError, UsageError, shorten
+from glm2_jax.errors import DeviceError, GLMError, InputError, UsageError, shorten
 from glm2_jax.ideas import Idea, place_of
 from infer.lab.sample import Sample
 
@@ -123,11 +123,15 @@ def blamed(path: str) -> Iterator[None]:
     except Exception as error:
         named = isinstance(error, GLMError) and error.what.startswith(f"{path}:")
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        if named or not frames or is_out_of_memory(error):
+        if named or not frames or isinstance(error, DeviceError) or is_out_of_memory(error):
             raise
+        place = f"{path}:{frames[-1].lineno}"
+        if isinstance(error, GLMError):
+            what, why = f"{place}: {error.what}", error.why.splitlines()
+            raise InputError(what, why, error.fix) from error
         lines = str(error).strip().splitlines() or [""]
         raise InputError(
-            f"{path}:{frames[-1].lineno}: {type(error).__name__}: {lines[0]}",
+            f"{place}: {type(error).__name__}: {lines[0]}",
             f"In {frames[-1].name}: {frames[-1].line}",
             "Correct the file; --debug shows the traceback.",
         ) from error

@@ -12,8 +12,8 @@ from glm2_jax.cli.arguments import check_plot
 from glm2_jax.cli.files import require_file_place
 from glm2_jax.cli.messages import note
 from glm2_jax.datasets.rows import parse_row, read_rows
-from glm2_jax.errors import InputError, UsageError, shorten
-from glm2_jax.ideas import Idea, Reads, place_of
+from glm2_jax.errors import UsageError
+from glm2_jax.ideas import Idea, check_reads
 from glm2_jax.runtime.machine import describe_device
 from infer.bench.host import describe_host, load_text
 from infer.bench.programs import Run, Shape, Workload
@@ -115,10 +115,7 @@ class Lab:
         likelihood, distance = pair[1].likelihood(self.material), pair[1].distance()
         told, reads = self.sample.measure(idea), usual_reads(config, self.shape)
         if idea.reads is not None:
-            reads = idea.reads(reads, told)
-            if not isinstance(reads, Reads):
-                what = f"{place_of(idea.reads)} returned {shorten(reads)}."
-                raise InputError(what, "Expected Reads.", "Return usual._replace(...).")
+            reads = check_reads(idea.reads, idea.reads(reads, told))
         same = None
         if idea.drafts:
             tokens, same = self._drafted(engine)

@@ -109,7 +109,7 @@ def test_the_usual_bytes_are_those_of_the_benchmark(name, quantize):
     assert bytes_of(notes=1) - usual == per_key * 4
     half = bytes_of(layers=reads.layers / 2, heads=0)
     assert half < bytes_of(layers=reads.layers / 2, projections=1, heads=0) < usual / 2
-    noting = dataclasses.replace(config, idea=Idea(notes=("score",)))
+    noting = dataclasses.replace(config, idea=Idea(notes=("score",), attention=print))
     assert kept_bytes(noting, vector, reads) - kept_bytes(config, vector, reads) == per_key * 400
 
 
@@ -161,6 +161,8 @@ def idea(sample, *, how="{how}"):
 
     if how == "early":
         return sample.tokens.no
+    if how == "notes":
+        return Idea(notes=("a",))
     return Idea(attention=attention) if how != "none" else 7
 """
 
@@ -172,6 +174,7 @@ def idea(sample, *, how="{how}"):
         ("cuts", 5, "Expected float32 [1, 4, 4, 8], got float32 [1, 4, 1, 8]"),
         ("early", 13, "AttributeError"),
         ("none", 4, "returned 7"),
+        ("notes", 15, "needs `attention`, got notes=('a',) alone"),
     ],
 )
 def test_the_line_of_an_idea_that_fails_is_named(how, line, words, tmp_path):
