@@ -120,7 +120,7 @@ def blamed(path: str) -> Iterator[None]:
     """Turn what a file of an idea raises into an InputError that names its line."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # an idea must not end the command
         named = isinstance(error, GLMError) and error.what.startswith(f"{path}:")
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         if named or not frames or isinstance(error, DeviceError) or is_out_of_memory(error):

@@ -118,6 +118,7 @@ FILES = {
     "x = 1\n": ("has no function `idea`", 3),
     "idea = 3\n": ("has no function `idea`", 3),
     "import glm2_jax\n\n1 / 0\n": ("idea.py:3: ZeroDivisionError: division by zero", 3),
+    "import sys\nsys.exit(0)\n": ("idea.py:2: SystemExit: 0", 3),
     "def idea(*, share):\n    pass\n": ("idea.py:1: idea cannot be called", 3),
     "def idea(one, two):\n    pass\n": ("idea.py:1: idea cannot be called", 3),
     "def idea(*, share=1):\n    return None\n": ("--set share=x: not a value of type int", 2),
@@ -159,6 +160,8 @@ def idea(sample, *, how="{how}"):
             return usual(seen)[:, :, :1]
         return usual(seen)
 
+    if how == "exits":
+        raise SystemExit
     if how == "early":
         return sample.tokens.no
     if how == "notes":
@@ -172,9 +175,10 @@ def idea(sample, *, how="{how}"):
     [
         ("raises", 7, "TypeError"),
         ("cuts", 5, "Expected float32 [1, 4, 4, 8], got float32 [1, 4, 1, 8]"),
-        ("early", 13, "AttributeError"),
+        ("exits", 13, "SystemExit"),
+        ("early", 15, "AttributeError"),
         ("none", 4, "returned 7"),
-        ("notes", 15, "needs `attention`, got notes=('a',) alone"),
+        ("notes", 17, "needs `attention`, got notes=('a',) alone"),
     ],
 )
 def test_the_line_of_an_idea_that_fails_is_named(how, line, words, tmp_path):
