@@ -123,15 +123,18 @@ def blamed(path: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # an idea must not end the command
         named = isinstance(error, GLMError) and error.what.startswith(f"{path}:")
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        if named or not frames or isinstance(error, DeviceError) or is_out_of_memory(error):
+        ended = isinstance(error, SystemExit)
+        if named or isinstance(error, DeviceError) or is_out_of_memory(error):
             raise
-        place = f"{path}:{frames[-1].lineno}"
+        if not frames and not ended:
+            raise
+        place = f"{path}:{frames[-1].lineno}" if frames else path
         if isinstance(error, GLMError):
             what, why = f"{place}: {error.what}", error.why.splitlines()
             raise InputError(what, why, error.fix) from error
         lines = str(error).strip().splitlines() or [""]
         raise InputError(
             f"{place}: {type(error).__name__}: {lines[0]}",
-            f"In {frames[-1].name}: {frames[-1].line}",
+            f"In {frames[-1].name}: {frames[-1].line}" if frames else "",
             "Correct the file; --debug shows the traceback.",
         ) from error
