@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -52,8 +53,9 @@ def read_ideas(paths: Sequence[str], given: Sequence[tuple[str, str]]) -> list[I
     """Read files of ideas, and the options that `--set` gives: (name, text).
 
     InputError: a file is not found, is not Python, raises, or has no function `idea`. UsageError:
-    an option that no file has, or a value that does not fit its default.
+    an option that no file has, a value that does not fit its default, or two files of one name.
     """
+    _check_names(paths)
     found = [_read(path) for path in paths]
     for name, text in given:
         stem, _, option = name.rpartition(".")
@@ -66,6 +68,27 @@ def read_ideas(paths: Sequence[str], given: Sequence[tuple[str, str]]) -> list[I
         for file in fits:
             file.options[option] = _value(f"--set {name}={text}", text, file.options[option])
     return found
+
+
+def _check_names(paths: Sequence[str]) -> None:
+    """Raise UsageError for two files that a table, and `--set`, could not tell apart."""
+    seen: dict[str, str] = {}
+    for path in paths:
+        other = seen.get(Path(path).stem)
+        seen[Path(path).stem] = path
+        if other is None:
+            continue
+        if os.path.realpath(other) == os.path.realpath(path):
+            raise UsageError(
+                f"{path} is named twice.",
+                "Each idea is measured once, with one set of options.",
+                "Name it once; for other options run the command again.",
+            )
+        raise UsageError(
+            f"{other} and {path} have one name, {Path(path).stem}.",
+            "The table and --set STEM.NAME=VALUE know an idea by it.",
+            "Rename one of the files.",
+        )
 
 
 def _read(path: str) -> IdeaFile:

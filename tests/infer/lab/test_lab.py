@@ -149,6 +149,33 @@ def test_options_come_from_the_keyword_arguments(tmp_path):
     assert second.options == {"a": 4} and second.measures and not first.measures
 
 
+def test_options_of_one_file_have_its_stem_whatever_that_is(tmp_path):
+    paths = [tmp_path / f"{stem}.py" for stem in ("丢层", "2-b c.d", "other")]
+    for path in paths:
+        path.write_text("def idea(*, a=1, 层=0, t=''): ...\n", encoding="utf-8")
+    names = [str(path) for path in paths]
+    flags = "丢层.a=2", "2-b c.d.a=3", "丢层.层=4", "other.t=x.y=z"
+    given = parser().parse_args([*names, *(w for f in flags for w in ("--set", f))]).set
+    found = [file.options for file in read_ideas(names, given)]
+    assert found == [
+        {"a": 2, "层": 4, "t": ""},
+        {"a": 3, "层": 0, "t": ""},
+        {"a": 1, "层": 0, "t": "x.y=z"},
+    ]
+
+
+def test_files_that_a_table_cannot_tell_apart_are_refused(tmp_path, capsys):
+    (tmp_path / "v2").mkdir()
+    one, two = tmp_path / "one.py", tmp_path / "v2" / "one.py"
+    for path in (one, two):
+        path.write_text("def idea(): ...\n")
+    assert exit_code(main, one, two) == 2
+    assert f"{one} and {two} have one name, one" in capsys.readouterr().err
+    assert exit_code(main, one, tmp_path / "v2" / ".." / "one.py") == 2
+    assert exit_code(main, one, one) == 2
+    assert capsys.readouterr().err.count("is named twice") == 2
+
+
 FAILING = """from glm2_jax.ideas import Idea
 import jax.numpy as jnp
 
