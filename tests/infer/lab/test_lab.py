@@ -237,17 +237,22 @@ def test_the_page_shows_every_idea_and_commands_that_exist():
     assert [name for name in names if f"`{name}" not in hooks] == []
 
 
-def test_the_idea_on_the_page_is_the_one_it_says(tmp_path):
-    page = (ROOT / "docs" / "lab.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["lab.md", "lab.zh.md"])
+def test_the_idea_on_the_page_is_the_one_it_says(name, tmp_path):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     text = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[0]
     path = tmp_path / "first_layers.py"
     path.write_text(text, encoding="utf-8")
+    sample = Sample(dataclasses.replace(TOY, num_layers=4), PARAMS, None)
     (file,) = read_ideas([str(path)], [("drop", "1")])
-    sample = Sample(TOY, PARAMS, jnp.ones((1, 4), jnp.int32))
     idea = file.idea(sample)
     ran: list[int] = []
     layers: Any = SimpleNamespace(count=4, run=lambda carry, layer: ran.append(layer) or carry)
     assert idea.blocks is not None and idea.reads is not None
     idea.blocks(layers, (1, 2, 3))
     assert ran == [0, 1, 2]
-    assert idea.reads(Reads(4, 1, 9, 9, 9), {}).layers == 3
+    assert idea.reads(Reads(4, 1, 9, 9, 8), {}) == Reads(3, 1, 9, 9, 6)
+    for drop in "4", "-1", "99":
+        (file,) = read_ideas([str(path)], [("drop", drop)])
+        with pytest.raises(InputError, match=rf"py:9: ValueError: drop is 0 to 3, got {drop}"):
+            file.idea(sample)
