@@ -55,6 +55,14 @@ class Reads(NamedTuple):
     tokens: float = 1  # that the step yields
 
 
+_GETS = {  # what each hook is called with
+    "blocks": ("layers", "carry"),
+    "attention": ("usual", "seen"),
+    "draft": ("step", "token", "cache"),
+    "reads": ("usual", "told"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Idea:
     """The hooks of an idea; without any, everything is as usual.
@@ -84,9 +92,10 @@ class Idea:
 
     def __post_init__(self) -> None:
         """Raise UsageError for what no program can be made of."""
-        for name in ("blocks", "attention", "draft", "reads"):
+        for name, gets in _GETS.items():
             hook = getattr(self, name)
-            _require(hook is None or callable(hook), name, hook, "a function, or None")
+            expected = f"a function of ({', '.join(gets)}), or None"
+            _require(hook is None or _takes(hook, len(gets)), name, hook, expected)
         named = isinstance(self.notes, tuple) and all(isinstance(n, str) for n in self.notes)
         expected = 'a tuple of different names, as ("score",)'
         _require(named and len({*self.notes}) == len(self.notes), "notes", self.notes, expected)
@@ -105,6 +114,19 @@ class Idea:
                 f"an idea needs both `draft` and `drafts` or neither, got drafts={self.drafts}.",
                 "The number of drafts is a shape of the program.",
             )
+
+
+def _takes(hook: Any, count: int) -> bool:
+    """Return whether a value can be called with so many arguments, as far as Python knows."""
+    if not callable(hook):
+        return False
+    try:
+        inspect.signature(hook).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # of some functions in C nothing is known
+        pass
+    return True
 
 
 def _require(fine: bool, name: str, got: Any, expected: str) -> None:

@@ -101,7 +101,10 @@ def test_drafts_of_other_shapes_are_refused():
     ("fields", "words"),
     [
         ({"attention": 5}, "`attention` of an idea is not valid"),
-        ({"blocks": "x"}, "Expected a function, or None, got 'x'"),
+        ({"blocks": "x"}, "Expected a function of (layers, carry), or None, got 'x'"),
+        ({"attention": lambda seen: seen.q}, "Expected a function of (usual, seen), or None"),
+        ({"draft": lambda step, token: 0, "drafts": 1}, "Expected a function of (step, token, c"),
+        ({"reads": exit}, "Expected a function of (usual, told), or None"),
         ({"notes": "mass"}, "Expected a tuple of different names"),
         ({"notes": ("a", "a")}, "Expected a tuple of different names"),
         ({"notes": ("a",)}, "with `notes` needs `attention`"),
