@@ -13,10 +13,12 @@ import contextvars
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from glm2_jax.errors import InputError, UsageError
+from glm2_jax.choices import KV
+from glm2_jax.errors import InputError, UsageError, shorten
 
 Carry = tuple[Any, Any, Any]  # x [B, T, D], and the cached keys and values or None
 
@@ -53,6 +55,14 @@ class Reads(NamedTuple):
     tokens: float = 1  # that the step yields
 
 
+_GETS = {  # what each hook is called with
+    "blocks": ("layers", "carry"),
+    "attention": ("usual", "seen"),
+    "draft": ("step", "token", "cache"),
+    "reads": ("usual", "told"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Idea:
     """The hooks of an idea; without any, everything is as usual.
@@ -81,11 +91,51 @@ class Idea:
     reads: Callable[[Reads, Mapping[str, float]], Reads] | None = None
 
     def __post_init__(self) -> None:
+        """Raise UsageError for what no program can be made of."""
+        for name, gets in _GETS.items():
+            hook = getattr(self, name)
+            expected = f"a function of ({', '.join(gets)}), or None"
+            _require(hook is None or _takes(hook, len(gets)), name, hook, expected)
+        named = isinstance(self.notes, tuple) and all(isinstance(n, str) for n in self.notes)
+        expected = 'a tuple of different names, as ("score",)'
+        _require(named and len({*self.notes}) == len(self.notes), "notes", self.notes, expected)
+        known = f"{', '.join(map(repr, KV))}, or None"
+        _require(self.kv is None or self.kv in KV, "kv", self.kv, known)
+        whole = isinstance(self.drafts, int) and not isinstance(self.drafts, bool)
+        _require(whole and self.drafts >= 0, "drafts", self.drafts, "an integer, 0 or more")
+        if self.notes and self.attention is None:
+            raise UsageError(
+                f"an idea with `notes` needs `attention`, got notes={shorten(self.notes)} alone.",
+                "The attention returns the new notes; without it nobody writes them.",
+                "Add `attention`, or leave `notes` out.",
+            )
         if (self.draft is None) == (self.drafts > 0):
             raise UsageError(
                 f"an idea needs both `draft` and `drafts` or neither, got drafts={self.drafts}.",
                 "The number of drafts is a shape of the program.",
             )
+
+
+def _takes(hook: Any, count: int) -> bool:
+    """Return whether a value can be called with so many arguments, as far as Python knows."""
+    if not callable(hook):
+        return False
+    try:
+        inspect.signature(hook).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # of some functions in C nothing is known
+        pass
+    return True
+
+
+def _require(fine: bool, name: str, got: Any, expected: str) -> None:
+    if not fine:
+        raise UsageError(
+            f"`{name}` of an idea is not valid.",
+            f"Expected {expected}, got {shorten(got)}.",
+            f"Correct {name}=... of Idea(...).",
+        )
 
 
 def layers_of(idea: Idea, params: Mapping[str, Any]) -> Any:
@@ -124,6 +174,32 @@ def check(hook: Callable[..., Any], got: Any, like: Any) -> Any:
         f"Expected {_written(expected)}, got {_written(came)}.",
         "Return the shapes and dtypes of what the hook replaces.",
     )
+
+
+def check_reads(hook: Callable[..., Any], got: Any) -> Reads:
+    """Return what the hook `reads` returned, as floats; InputError, with its line, if these are no
+    `Reads`, or not finite, or negative, or if a step yields no token."""
+    place = place_of(hook)
+    if not isinstance(got, Reads):
+        what = f"{place} returned {shorten(got)}."
+        raise InputError(what, "Expected Reads.", "Return usual._replace(...).")
+    numbers = {name: _number(value) for name, value in got._asdict().items()}
+    for name, number in numbers.items():
+        if not (0 <= number < math.inf) or (name == "tokens" and number == 0):
+            raise InputError(
+                f"{place} returned {name}={shorten(getattr(got, name))}.",
+                f"Expected a finite number, {'above 0' if name == 'tokens' else '0 or more'}.",
+                "Count what a step reads; usual._replace(...) keeps the rest.",
+            )
+    return Reads(**numbers)
+
+
+def _number(value: Any) -> float:
+    """Return a value as a float; NaN if it is none."""
+    try:
+        return math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def place_of(hook: Callable[..., Any]) -> str:

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.choose_platform(args.device)
     from infer.lab import run
 
-    more: dict[str, Any] = {"ideas": tuple(dict.fromkeys(args.ideas))}
+    more: dict[str, Any] = {"ideas": tuple(args.ideas)}
     return run.run(from_flags(Settings, args, **more))
 
 

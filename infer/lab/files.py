@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 from glm2_jax.cli.main import is_out_of_memory
 from glm2_jax.cli.text_input import read_utf8
-from glm2_jax.errors import GLMError, InputError, UsageError, shorten
+from glm2_jax.errors import DeviceError, GLMError, InputError, UsageError, shorten
 from glm2_jax.ideas import Idea, place_of
 from infer.lab.sample import Sample
 
@@ -52,8 +53,9 @@ def read_ideas(paths: Sequence[str], given: Sequence[tuple[str, str]]) -> list[I
     """Read files of ideas, and the options that `--set` gives: (name, text).
 
     InputError: a file is not found, is not Python, raises, or has no function `idea`. UsageError:
-    an option that no file has, or a value that does not fit its default.
+    an option that no file has, a value that does not fit its default, or two files of one name.
     """
+    _check_names(paths)
     found = [_read(path) for path in paths]
     for name, text in given:
         stem, _, option = name.rpartition(".")
@@ -66,6 +68,27 @@ def read_ideas(paths: Sequence[str], given: Sequence[tuple[str, str]]) -> list[I
         for file in fits:
             file.options[option] = _value(f"--set {name}={text}", text, file.options[option])
     return found
+
+
+def _check_names(paths: Sequence[str]) -> None:
+    """Raise UsageError for two files that a table, and `--set`, could not tell apart."""
+    seen: dict[str, str] = {}
+    for path in paths:
+        other = seen.get(Path(path).stem)
+        seen[Path(path).stem] = path
+        if other is None:
+            continue
+        if os.path.realpath(other) == os.path.realpath(path):
+            raise UsageError(
+                f"{path} is named twice.",
+                "Each idea is measured once, with one set of options.",
+                "Name it once; for other options run the command again.",
+            )
+        raise UsageError(
+            f"{other} and {path} have one name, {Path(path).stem}.",
+            "The table and --set STEM.NAME=VALUE know an idea by it.",
+            "Rename one of the files.",
+        )
 
 
 def _read(path: str) -> IdeaFile:
@@ -120,14 +143,21 @@ def blamed(path: str) -> Iterator[None]:
     """Turn what a file of an idea raises into an InputError that names its line."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # an idea must not end the command
         named = isinstance(error, GLMError) and error.what.startswith(f"{path}:")
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        if named or not frames or is_out_of_memory(error):
+        ended = isinstance(error, SystemExit)
+        if named or isinstance(error, DeviceError) or is_out_of_memory(error):
             raise
+        if not frames and not ended:
+            raise
+        place = f"{path}:{frames[-1].lineno}" if frames else path
+        if isinstance(error, GLMError):
+            what, why = f"{place}: {error.what}", error.why.splitlines()
+            raise InputError(what, why, error.fix) from error
         lines = str(error).strip().splitlines() or [""]
         raise InputError(
-            f"{path}:{frames[-1].lineno}: {type(error).__name__}: {lines[0]}",
-            f"In {frames[-1].name}: {frames[-1].line}",
+            f"{place}: {type(error).__name__}: {lines[0]}",
+            f"In {frames[-1].name}: {frames[-1].line}" if frames else "",
             "Correct the file; --debug shows the traceback.",
         ) from error

@@ -11,7 +11,7 @@ from glm2_jax.cli.parser import flag
 
 def _assignment(text: str) -> tuple[str, str]:
     """Parse NAME=VALUE, for argparse."""
-    found = re.fullmatch(r"([A-Za-z_][\w.]*)=(.*)", text, re.DOTALL)
+    found = re.fullmatch(r"((?:[^=]+\.)?[^\W\d]\w*)=(.*)", text, re.DOTALL)  # a stem is any text
     if found is None:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     return found[1], found[2]

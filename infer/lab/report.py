@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +69,7 @@ class Result:
             "cache_bytes": self.cache_bytes,
             "allocated_bytes": self.allocated_bytes,
             "same_answers": self.same_answers,
-            "told": self.told,
+            "told": {k: v if math.isfinite(v) else None for k, v in self.told.items()},
         }
 
 

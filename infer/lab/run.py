@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,8 +16,8 @@ from glm2_jax.cli.arguments import check_plot
 from glm2_jax.cli.files import require_file_place
 from glm2_jax.cli.messages import note
 from glm2_jax.datasets.rows import parse_row, read_rows
-from glm2_jax.errors import InputError, UsageError, shorten
-from glm2_jax.ideas import Idea, Reads, place_of
+from glm2_jax.errors import CheckpointError, InputError, UsageError
+from glm2_jax.ideas import Idea, check_reads
 from glm2_jax.runtime.machine import describe_device
 from infer.bench.host import describe_host, load_text
 from infer.bench.programs import Run, Shape, Workload
@@ -38,19 +42,45 @@ def run(settings: Settings) -> int:
     if settings.plot:
         check_plot(settings.plot)
         require_file_place(settings.plot)
-    files = read_ideas(settings.ideas, settings.given or ())
-    lab = open_lab(settings)
-    report = lab.report()
-    tried = [lab.without_idea(), *map(lab.with_idea, files)]
-    for _ in range(settings.repeat):  # in turns, so that noise affects all
-        for result, decode in tried:
-            result.seconds.append(decode())
-    report.results += [result for result, _ in tried]
+    with contextlib.redirect_stdout(sys.stderr):  # an idea may print: only results go to stdout
+        files = read_ideas(settings.ideas, settings.given or ())
+        lab = open_lab(settings)
+        report = lab.report()
+        report.results, failure = try_all(lab, files)
+        jax.effects_barrier()  # what programs still print
+    if failure is not None and len(report.results) == 1:
+        raise failure
     report.about["load average"] += f", {load_text()} at the end"
     if settings.plot:
         draw(report, settings.plot)
     show(report, settings.json)
+    if failure is not None:
+        raise failure
     return 0
+
+
+def try_all(lab: Lab, files: Sequence[IdeaFile]) -> tuple[list[Result], Exception | None]:
+    """Measure the model and the ideas up to the first one that fails; returns the results of those
+    that did not, the model's first, and the failure."""
+    tried, failure = [lab.without_idea()], None
+    for file in files:
+        try:
+            tried.append(lab.with_idea(file))
+        except Exception as error:
+            failure = error
+            break
+    if len(tried) == 1:
+        return [tried[0][0]], failure
+    for _ in range(lab.settings.repeat):  # in turns, so that noise affects all
+        for one in tuple(tried):
+            try:
+                one[0].seconds.append(one[1]())
+            except Exception as error:
+                if one is tried[0]:
+                    raise
+                failure = failure or error
+                tried = [other for other in tried if other is not one]
+    return [result for result, _ in tried], failure
 
 
 def open_lab(settings: Settings) -> Lab:
@@ -98,8 +128,14 @@ class Lab:
     def with_idea(self, file: IdeaFile) -> tuple[Result, Run]:
         """Do the same with an idea; InputError, also of the run, with the line that fails."""
         idea = file.idea(self.sample)
-        with blamed(file.path):
-            result, decode = self._measure(file.name, idea)
+        try:
+            with blamed(file.path):
+                result, decode = self._measure(file.name, idea)
+            figures = result.perplexity, result.kl_divergence, result.top1_agreement
+            if not all(map(math.isfinite, figures)):
+                raise _not_finite(file)
+        except CheckpointError as error:  # the model itself was measured before, and is fine
+            raise _not_finite(file) from error
         result.options = file.options
 
         def run() -> float:
@@ -115,10 +151,7 @@ class Lab:
         likelihood, distance = pair[1].likelihood(self.material), pair[1].distance()
         told, reads = self.sample.measure(idea), usual_reads(config, self.shape)
         if idea.reads is not None:
-            reads = idea.reads(reads, told)
-            if not isinstance(reads, Reads):
-                what = f"{place_of(idea.reads)} returned {shorten(reads)}."
-                raise InputError(what, "Expected Reads.", "Return usual._replace(...).")
+            reads = check_reads(idea.reads, idea.reads(reads, told))
         same = None
         if idea.drafts:
             tokens, same = self._drafted(engine)
@@ -167,6 +200,14 @@ class Lab:
             tokens += sum(one.stats.decode_tokens for one in ours)
             passes += sum(one.stats.passes for one in ours)
         return tokens / max(passes, 1), same
+
+
+def _not_finite(file: IdeaFile) -> InputError:
+    return InputError(
+        f"idea {file.path} produced NaN or Inf.",
+        "The model without it does not, on the same prompts.",
+        "Look for a division by 0, a mask that hides all keys, or numbers too large for the dtype.",
+    )
 
 
 def prompt_of(item: Item, prefix: int) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 
 from glm2_jax import KVCache, forward
 from glm2_jax.errors import InputError, UsageError
-from glm2_jax.ideas import Idea, listening, tell
+from glm2_jax.ideas import Idea, Reads, check_reads, listening, tell
 from glm2_jax.model import unstack_layers
 from infer.engine import steps
 from tests.support import toy
@@ -95,6 +95,50 @@ def test_drafts_of_other_shapes_are_refused():
         jax.eval_shape(partial(steps.draft, config), LISTED, ones > 0, state, cache)
     with pytest.raises(UsageError, match="both `draft` and `drafts`"):
         Idea(drafts=3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"attention": 5}, "`attention` of an idea is not valid"),
+        ({"blocks": "x"}, "Expected a function of (layers, carry), or None, got 'x'"),
+        ({"attention": lambda seen: seen.q}, "Expected a function of (usual, seen), or None"),
+        ({"draft": lambda step, token: 0, "drafts": 1}, "Expected a function of (step, token, c"),
+        ({"reads": exit}, "Expected a function of (usual, told), or None"),
+        ({"notes": "mass"}, "Expected a tuple of different names"),
+        ({"notes": ("a", "a")}, "Expected a tuple of different names"),
+        ({"notes": ("a",)}, "with `notes` needs `attention`"),
+        ({"kv": "int4"}, "Expected 'auto', 'int8', or None, got 'int4'"),
+        ({"drafts": 1.5}, "Expected an integer, 0 or more, got 1.5"),
+        ({"drafts": -1}, "Expected an integer, 0 or more, got -1"),
+        ({"drafts": True}, "Expected an integer, 0 or more, got True"),
+    ],
+)
+def test_fields_that_make_no_program_are_refused(fields, words):
+    with pytest.raises(UsageError) as error:
+        Idea(**fields)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": "many"}, "returned layers='many'"),
+        ({"layers": -95}, "returned layers=-95"),
+        ({"keys": float("nan")}, "returned keys=nan"),
+        ({"slots": float("inf")}, "Expected a finite number, 0 or more"),
+        ({"notes": None}, "returned notes=None"),
+        ({"tokens": 0}, "Expected a finite number, above 0"),
+    ],
+)
+def test_numbers_that_a_step_cannot_read_are_refused(changes, words):
+    usual = Reads(4, 1, 9, 9, 9)
+    with pytest.raises(InputError, match=r"test_ideas.py:\d+: in_order") as error:
+        check_reads(in_order, usual._replace(**changes))
+    assert words in str(error.value)
+    assert check_reads(in_order, usual._replace(keys=np.float32(3))) == usual._replace(keys=3)
+    with pytest.raises(InputError, match="Expected Reads"):
+        check_reads(in_order, (4, 1))
 
 
 def test_stacked_layers_are_refused_where_an_idea_runs_them():

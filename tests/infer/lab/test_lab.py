@@ -109,7 +109,7 @@ def test_the_usual_bytes_are_those_of_the_benchmark(name, quantize):
     assert bytes_of(notes=1) - usual == per_key * 4
     half = bytes_of(layers=reads.layers / 2, heads=0)
     assert half < bytes_of(layers=reads.layers / 2, projections=1, heads=0) < usual / 2
-    noting = dataclasses.replace(config, idea=Idea(notes=("score",)))
+    noting = dataclasses.replace(config, idea=Idea(notes=("score",), attention=print))
     assert kept_bytes(noting, vector, reads) - kept_bytes(config, vector, reads) == per_key * 400
 
 
@@ -118,6 +118,7 @@ FILES = {
     "x = 1\n": ("has no function `idea`", 3),
     "idea = 3\n": ("has no function `idea`", 3),
     "import glm2_jax\n\n1 / 0\n": ("idea.py:3: ZeroDivisionError: division by zero", 3),
+    "import sys\nsys.exit(0)\n": ("idea.py:2: SystemExit: 0", 3),
     "def idea(*, share):\n    pass\n": ("idea.py:1: idea cannot be called", 3),
     "def idea(one, two):\n    pass\n": ("idea.py:1: idea cannot be called", 3),
     "def idea(*, share=1):\n    return None\n": ("--set share=x: not a value of type int", 2),
@@ -148,6 +149,33 @@ def test_options_come_from_the_keyword_arguments(tmp_path):
     assert second.options == {"a": 4} and second.measures and not first.measures
 
 
+def test_options_of_one_file_have_its_stem_whatever_that_is(tmp_path):
+    paths = [tmp_path / f"{stem}.py" for stem in ("丢层", "2-b c.d", "other")]
+    for path in paths:
+        path.write_text("def idea(*, a=1, 层=0, t=''): ...\n", encoding="utf-8")
+    names = [str(path) for path in paths]
+    flags = "丢层.a=2", "2-b c.d.a=3", "丢层.层=4", "other.t=x.y=z"
+    given = parser().parse_args([*names, *(w for f in flags for w in ("--set", f))]).set
+    found = [file.options for file in read_ideas(names, given)]
+    assert found == [
+        {"a": 2, "层": 4, "t": ""},
+        {"a": 3, "层": 0, "t": ""},
+        {"a": 1, "层": 0, "t": "x.y=z"},
+    ]
+
+
+def test_files_that_a_table_cannot_tell_apart_are_refused(tmp_path, capsys):
+    (tmp_path / "v2").mkdir()
+    one, two = tmp_path / "one.py", tmp_path / "v2" / "one.py"
+    for path in (one, two):
+        path.write_text("def idea(): ...\n")
+    assert exit_code(main, one, two) == 2
+    assert f"{one} and {two} have one name, one" in capsys.readouterr().err
+    assert exit_code(main, one, tmp_path / "v2" / ".." / "one.py") == 2
+    assert exit_code(main, one, one) == 2
+    assert capsys.readouterr().err.count("is named twice") == 2
+
+
 FAILING = """from glm2_jax.ideas import Idea
 import jax.numpy as jnp
 
@@ -159,8 +187,12 @@ def idea(sample, *, how="{how}"):
             return usual(seen)[:, :, :1]
         return usual(seen)
 
+    if how == "exits":
+        raise SystemExit
     if how == "early":
         return sample.tokens.no
+    if how == "notes":
+        return Idea(notes=("a",))
     return Idea(attention=attention) if how != "none" else 7
 """
 
@@ -170,8 +202,10 @@ def idea(sample, *, how="{how}"):
     [
         ("raises", 7, "TypeError"),
         ("cuts", 5, "Expected float32 [1, 4, 4, 8], got float32 [1, 4, 1, 8]"),
-        ("early", 13, "AttributeError"),
+        ("exits", 13, "SystemExit"),
+        ("early", 15, "AttributeError"),
         ("none", 4, "returned 7"),
+        ("notes", 17, "needs `attention`, got notes=('a',) alone"),
     ],
 )
 def test_the_line_of_an_idea_that_fails_is_named(how, line, words, tmp_path):
@@ -203,17 +237,22 @@ def test_the_page_shows_every_idea_and_commands_that_exist():
     assert [name for name in names if f"`{name}" not in hooks] == []
 
 
-def test_the_idea_on_the_page_is_the_one_it_says(tmp_path):
-    page = (ROOT / "docs" / "lab.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["lab.md", "lab.zh.md"])
+def test_the_idea_on_the_page_is_the_one_it_says(name, tmp_path):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     text = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[0]
     path = tmp_path / "first_layers.py"
     path.write_text(text, encoding="utf-8")
+    sample = Sample(dataclasses.replace(TOY, num_layers=4), PARAMS, None)
     (file,) = read_ideas([str(path)], [("drop", "1")])
-    sample = Sample(TOY, PARAMS, jnp.ones((1, 4), jnp.int32))
     idea = file.idea(sample)
     ran: list[int] = []
     layers: Any = SimpleNamespace(count=4, run=lambda carry, layer: ran.append(layer) or carry)
     assert idea.blocks is not None and idea.reads is not None
     idea.blocks(layers, (1, 2, 3))
     assert ran == [0, 1, 2]
-    assert idea.reads(Reads(4, 1, 9, 9, 9), {}).layers == 3
+    assert idea.reads(Reads(4, 1, 9, 9, 8), {}) == Reads(3, 1, 9, 9, 6)
+    for drop in "4", "-1", "99":
+        (file,) = read_ideas([str(path)], [("drop", drop)])
+        with pytest.raises(InputError, match=rf"py:9: ValueError: drop is 0 to 3, got {drop}"):
+            file.idea(sample)
