@@ -197,7 +197,7 @@ def test_what_is_refused(tmp_path, source, text, capsys):
         ("model", ["--method", "awq", "--act-order", *given], 2, "--act-order has no effect"),
         ("model", ["--group", "100", *given], 2, "--group"),
         ("model", given, 3, "128 samples of 512 need 65280"),
-        ("model", ["--calibration", tmp_path / "empty.txt"], 3, "it has 0 tokens"),
+        ("model", ["--calibration", tmp_path / "empty.txt"], 3, "empty.txt has no text"),
         ("model", ["--calibration", tmp_path / "rows.jsonl"], 3, "rows.jsonl:2: not a JSON object"),
         ("model", [*given, "--length", "2"], 3, "--length must be at least 3"),
         ("nowhere", given, 4, "directory not found"),
