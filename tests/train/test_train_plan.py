@@ -15,6 +15,7 @@ from infer.memory.budget import Budget
 from infer.memory.precision import Precision
 from infer.tuning.measure import Tuned
 from tests.support.mesh_shapes import device
+from tests.support.paths import ROOT
 from tests.support.program_text import operations
 from train import attention, compiler, full, lora, memory, remat
 from train.bench import work
@@ -30,7 +31,7 @@ TOY = dataclasses.replace(
     head_dim=32,
 )  # fmt: skip
 ADAPTER = NewAdapter(8, "attn", 0.0)
-FLOAT32, BF16 = Precision("float32"), Precision("bfloat16")
+FLOAT32, BF16, SMALLER = Precision("float32"), Precision("bfloat16"), ("int8", "int4")
 
 
 def plan(config=SIX, rows=4, length=512, *, keep=True, adapter=ADAPTER, **more) -> TrainingPlan:
@@ -125,6 +126,10 @@ def test_a_dry_run_needs_neither_weights_nor_data(capsys):
     assert "bfloat16 no 12.5 GB" in text and "int4 yes 4.1 GB" in text
     planned = TrainingPlan(SIX, BF16, 4, 512, True, NewAdapter(8, "attn", 0.1))
     assert f"{planned.total / 1e9:.1f} GB yes" in text
+    page = (ROOT / "docs/tune/memory.md").read_text(encoding="utf-8")
+    quantized = (dataclasses.replace(planned, precision=Precision("bfloat16", x)) for x in SMALLER)
+    cells = [f"{one.total / 1e9:.1f}" for one in (planned, *quantized)]
+    assert f"| chatglm2-6b | 4 x 512 | {' | '.join(cells)} |" in page
 
 
 def test_a_dry_run_says_what_to_change(capsys):
