@@ -31,7 +31,7 @@ from glm2_jax.runtime import compile_cache
 from infer.batching.options import TOKENS_PER_PREFILL, TOKENS_PER_PREFILL_ON_CPU
 from infer.serve import fields, schema
 from infer.serve.options import AddressOptions, RequestOptions, parser
-from tests.project.test_readme import SERVING
+from tests.project.test_commands import SERVING
 from tests.support.paths import ROOT
 from tests.support.serve import serving
 
