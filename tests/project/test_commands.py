@@ -46,6 +46,21 @@ ELSEWHERE = {
     "python -m convert.to_peft ADAPTER ADAPTER_GLM --layout glm --base BASE": ("tests", "to_peft"),
     "python -m train.lora --data examples/facts.jsonl --config examples/recipes/demo.yml"
     " --output adapter": (".ci/run", "python -m train.lora --data examples/facts.jsonl"),
+    "python -m train.lora --data examples/facts.jsonl --config demo --output adapter": (
+        ".ci/run", "python -m train.lora --data examples/facts.jsonl"
+    ),
+    "python -m infer.evaluate --task cases --cases examples/cases/facts.yml --adapter adapter": (
+        ".ci/run", "--cases examples/cases/facts.yml --adapter"
+    ),
+    "python -m convert.merge_lora infer/demo adapter MERGED": (".ci/run", "convert.merge_lora"),
+    "python -m convert.quantize MERGED INT4 --method gptq --group 64 --calibration"
+    " train/demo/pairs.jsonl --samples 16 --length 128": (".ci/run", "convert.quantize"),
+    "python -m infer.evaluate --model INT4 --against MERGED --data examples/facts.jsonl": (
+        ".ci/run", "--against"
+    ),
+    "python -m infer.evaluate --task cases --cases examples/cases/facts.yml --model INT4": (
+        ".ci/run", "--cases examples/cases/facts.yml --model"
+    ),
     "python -m train.lora --data data.jsonl --model FOLDER --output adapter --resume auto": (
         "tests", '"-m", "train.lora"',
     ),

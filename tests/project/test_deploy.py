@@ -1,5 +1,5 @@
-"""What `deploy/` and the pages in docs/deploy/ say fits the server; nginx and systemd check their files
-where they are installed."""
+"""What `deploy/` and the pages in docs/deploy/ say fits the server; nginx and systemd check their
+files where they are installed."""
 
 import ast
 import configparser
