@@ -25,7 +25,7 @@ def build_parser() -> Parser:
         example="python -m convert.inspect ./chatglm2-6b",
     )
     parser.add_argument(
-        "path", metavar="PATH", type=path_argument, help="the folder, or OWNER/NAME"
+        "path", metavar="PATH", type=path_argument, help="the folder, OWNER/NAME, or demo"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object instead of a table")

@@ -24,7 +24,7 @@ def build_parser() -> Parser:
         example="python -m convert.merge_lora ./chatglm2-6b ./my-adapter ./chatglm2-6b-mine",
     )
     parser.add_argument(
-        "base", metavar="BASE", type=path_argument, help="the model's folder, or OWNER/NAME"
+        "base", metavar="BASE", type=path_argument, help="the model's folder, OWNER/NAME, or demo"
     )
     parser.add_argument(
         "adapter", metavar="ADAPTER", type=path_argument, help="the adapter's folder"

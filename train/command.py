@@ -11,6 +11,7 @@ from typing import Any
 
 from glm2_jax.choices import DEVICES, QUANTIZE
 from glm2_jax.cli.arguments import choose_platform, path_argument
+from glm2_jax.cli.bundled import RECIPES
 from glm2_jax.cli.model_choice import (
     EngineOptions,
     ModelChoice,
@@ -53,9 +54,9 @@ def make_parser(
     others: Any = {"lr": {"help": RATE.format(lr)}, **changes}
     result = Parser(prog=prog, description=description, example=example)
     result.add_argument_group("recipe").add_argument(
-        "--config", type=path_argument, metavar="FILE.yml",
-        help="read flags from a YAML file, one per line: `lr: 2e-5`; flags of the command line "
-        "override it",
+        "--config", type=path_argument, metavar="NAME|FILE.yml",
+        help="read flags from a YAML file, one per line: `lr: 2e-5`, or from a bundled recipe, one "
+        f"of {', '.join(RECIPES)}; flags of the command line override it",
     )  # fmt: skip
     add_model_options(result)
     add_flags(result, "data", DataOptions, **others)

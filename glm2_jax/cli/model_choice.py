@@ -37,7 +37,7 @@ class ModelChoice:
     """Which model, how its checkpoint is read, and where it computes; each field is a flag."""
 
     path: str | None = flag(
-        "checkpoint folder, published or converted, or OWNER/NAME on a hub (default: the "
+        "checkpoint folder, published or converted, or OWNER/NAME on a hub (default: demo, the "
         "bundled demo model)",
         name="model", short=("-m",), type=path_argument, metavar="DIR|NAME",
     )  # fmt: skip
