@@ -17,6 +17,7 @@ import yaml
 
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.bundled import RECIPES, find_bundled
+from glm2_jax.cli.foreign_flags import our_flag
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser
 from glm2_jax.cli.text_input import read_utf8
@@ -104,7 +105,10 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         if action is None:
             names = ", ".join(sorted(known))
             what = f"{config}: {name} is not a setting of this command."
-            raise UsageError(what, f"Known: {names}.")
+            flag = f"--{name}".replace("_", "-")
+            ours = our_flag(flag, parser._option_string_actions)
+            fix = "" if ours is None else f"Use {ours.removeprefix('--').replace(' ', ': ')}."
+            raise UsageError(what, f"Known: {names}.", fix)
         if action.dest in words:
             raise UsageError(f"{config}: {name} is given twice.")
         # A default says nothing, but would exclude the other flag of a group.

@@ -5,7 +5,9 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Collection
 
+from glm2_jax.choices import DEVICES, unknown_device
 from glm2_jax.cli.files import refuse_url
 from glm2_jax.errors import UsageError
 
@@ -66,6 +68,15 @@ def path_argument(text: str) -> str:
         raise argparse.ArgumentTypeError("the path is empty")
     refuse_url(text)
     return text
+
+
+def device_argument(text: str, more: Collection[str] = (), pattern: str = "") -> str:
+    """Parse the name of a device, or of one of `more`, or what a pattern matches, for argparse."""
+    known = (*DEVICES, *more)
+    name = text.lower()
+    if name in known or (pattern and re.fullmatch(pattern, name)):
+        return name
+    raise argparse.ArgumentTypeError(unknown_device(text, known))
 
 
 def choose_platform(device: str) -> None:

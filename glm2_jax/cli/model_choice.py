@@ -15,7 +15,7 @@ from glm2_jax.choices import (
     SOURCES,
     TEMPLATES,
 )
-from glm2_jax.cli.arguments import memory_size, path_argument, positive
+from glm2_jax.cli.arguments import device_argument, memory_size, path_argument, positive
 from glm2_jax.cli.parser import Parser, add_flags, flag
 from glm2_jax.limits import DRAFT
 
@@ -75,7 +75,7 @@ class ModelChoice:
         metavar="AXES",
     )
     device: str = flag(  # a card where it is only planned for
-        f"device: {', '.join(DEVICES)}", choices=DEVICES, default="auto", metavar="DEVICE"
+        f"device: {', '.join(DEVICES)}", type=device_argument, default="auto", metavar="DEVICE"
     )
     rope_kind: str | None = flag(
         "meaning of rope_ratio, if the checkpoint does not say: linear divides the "
