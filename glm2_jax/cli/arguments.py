@@ -10,6 +10,7 @@ from collections.abc import Collection
 from glm2_jax.choices import DEVICES, unknown_device
 from glm2_jax.cli.files import refuse_url
 from glm2_jax.errors import UsageError
+from glm2_jax.extras import pip_install
 
 
 def whole(text: str, least: int = 0) -> int:
@@ -93,7 +94,7 @@ def check_plot(path: str) -> None:
         raise UsageError(
             "--plot needs matplotlib, which cannot be imported.",
             str(error),
-            "Install it: pip install 'glm2-jax[plot]'",
+            f"Install it: {pip_install('plot')}",
         ) from error
     if os.path.splitext(path)[1].lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot must end in .png, .svg or .pdf, got {path}.")
