@@ -49,7 +49,10 @@ def render(walk: Walk, values: Values | None, columns: int) -> list[str]:
     """Return the lines, at most so many columns wide where no single word is wider."""
     prompt = escape_controls(" ".join((walk.prompt or "").split()))
     walk = replace(walk, model=escape_controls(walk.model), prompt=prompt)
-    lines = [*_head(walk), "", *_stages(walk, columns), ""]
+    lines = [*_head(walk)]
+    if walk.tokens and values is None:  # which have a table of them
+        lines.append(f"its ids: {', '.join(map(_named, walk.tokens))}")
+    lines += ["", *_stages(walk, columns), ""]
     lines += [f"{s.title_en}: {s.note_en}" for s in walk.prefill.stages if s.note_en]
     lines += [COUNTED, "", *_totals(walk)]
     lines += ["", *_bounds(walk.bounds, columns)] if walk.bounds else []
@@ -72,22 +75,25 @@ def _head(walk: Walk) -> Iterator[str]:
 
 def _stages(walk: Walk, columns: int) -> Iterator[str]:
     rows: list[list[str]] = [
-        ["stage", "shape", "parameters", "FLOP", "bytes", "step FLOP", "step bytes"]
-    ]
+        ["stage", "shape", "published code", "parameters", "FLOP", "bytes", "step FLOP",
+         "step bytes"]
+    ]  # fmt: skip
     inside = False
     for read, step in zip(walk.prefill.stages, walk.decode.stages, strict=True):
         if read.in_layer != inside:
             inside = read.in_layer
             title = f"each of {walk.sizes['L']} layers:" if inside else "after the layers:"
-            rows.append([title, *[""] * 6])
+            rows.append([title, *[""] * 7])
         figures = f"{read.params:,}", _flop(read), human_size(read.bytes)
         cells = [*figures, _flop(step), human_size(step.bytes)]
         cells = ["-" if cell.strip() in ("0", "0 B") else cell for cell in cells]
-        rows.append([f"  {read.title_en}", _shape(read.shape), *cells])
-        if "C" in read.axes and read.shape[-2] > 1:  # gate and up side by side
-            *rest, two, width = read.shape
-            rows.append(["", f"= {_shape((*rest, two * width))}", *[""] * 5])
-    return _fitted(rows, 2, columns)
+        rows.append([f"  {read.title_en}", _shape(read.shape), _shape(read.reference), *cells])
+    if max(map(text_width, table(rows, 3))) <= columns:
+        yield from table(rows, 3)
+        return
+    yield from _fitted([row[:6] for row in rows], 3, columns)  # the prompt, then a step after it
+    yield ""
+    yield from _fitted([[row[0], *row[6:]] for row in rows], 1, columns)
 
 
 def _totals(walk: Walk) -> Iterator[str]:
@@ -218,6 +224,10 @@ def _fitted(rows: Sequence[Sequence[str]], texts: int, columns: int) -> Iterator
 
 def _shape(shape: Sequence[int]) -> str:
     return f"[{', '.join(map(str, shape))}]"
+
+
+def _named(token: Token) -> str:
+    return f"{_piece(token)}={token.id}".removeprefix("=")
 
 
 def _piece(token: Token) -> str:
