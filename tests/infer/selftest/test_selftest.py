@@ -74,6 +74,7 @@ def test_the_demo_passes(capsys):
     names = ["files", "parameters", "shapes", "finite", "prompt ids", "cache"]
     assert lines(text, "pass") == names + ["first token", "answer"] * 3
     assert "result       12 passed, 0 failed, 0 skipped" in text
+    assert "rope         plain; template chatglm2" in text  # in the words of convert.inspect
     assert "2,337,600" in text and "jax " in text and "decode " in text and "peak memory" in text
 
 
@@ -146,7 +147,7 @@ def test_of_later_families_only_what_was_checked_passes(capsys, tmp_path, monkey
     assert lines(text, "pass") == ["parameters", "shapes", "finite", "cache"]
     assert lines(text, "skipped") == ["files", "prompt ids", "first token", "answer"]
     assert f"architecture {family}, " in text and text.count("not known") == 3
-    assert ("none, positions are learned" in text) == (family == "glm")
+    assert ("rope         none: learned positions" in text) == (family == "glm")
 
 
 def test_toys_that_pose_as_a_published_checkpoint(capsys, tmp_path):
