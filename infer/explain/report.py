@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from glm2_jax.cli.messages import cut_to_width, human_size, text_width
-from glm2_jax.cli.tables import fold, table
+from glm2_jax.cli.tables import fitted, fold, table
 from glm2_jax.escape import escape_controls
 from infer.explain.facts import Bound, Candidate, Head, Pass, Stage, Token, Values, Walk
 
@@ -91,9 +91,9 @@ def _stages(walk: Walk, columns: int) -> Iterator[str]:
     if max(map(text_width, table(rows, 3))) <= columns:
         yield from table(rows, 3)
         return
-    yield from _fitted([row[:6] for row in rows], 3, columns)  # the prompt, then a step after it
+    yield from fitted([row[:6] for row in rows], 3, columns)  # the prompt, then a step after it
     yield ""
-    yield from _fitted([[row[0], *row[6:]] for row in rows], 1, columns)
+    yield from fitted([[row[0], *row[6:]] for row in rows], 1, columns)
 
 
 def _totals(walk: Walk) -> Iterator[str]:
@@ -139,7 +139,7 @@ def _bounds(bounds: Sequence[Bound], columns: int) -> Iterator[str]:
         ("  limited by", lambda b: b.decode_limit.replace("unknown", "?")),
         ("tokens/s <=", lambda b: f"{b.tokens_per_s:,.0f}"),
     )
-    yield from _fitted([[name, *map(cell, bounds)] for name, cell in rows], 1, columns)
+    yield from fitted([[name, *map(cell, bounds)] for name, cell in rows], 1, columns)
     yield from ("", BOUND)
     if any(bound.flops is None for bound in bounds):
         yield UNKNOWN
@@ -166,7 +166,7 @@ def _values(values: Values, columns: int) -> Iterator[str]:
         norms = (f"{part[-1]:.3g}" for part in (one.stream, one.attention, one.mlp))
         name = "embed" if one.layer < 0 else str(one.layer)
         layers.append([name, *map(_likely, one.lens), *norms])
-    yield from ("", "layer by layer:", *_fitted(layers, 1 + count, columns), NORMS)
+    yield from ("", "layer by layer:", *fitted(layers, 1 + count, columns), NORMS)
     for head in values.heads:
         yield from ("", *_map(head, values, columns))
     if values.heads:
@@ -176,7 +176,7 @@ def _values(values: Values, columns: int) -> Iterator[str]:
     for number, step in enumerate(values.steps, 1):
         others = [c for c in step.alternatives if c.token != step.chosen.token]
         answer.append([str(number), *map(_likely, (step.chosen, *others[: count - 1]))])
-    yield from _fitted(answer, 1 + count, columns)
+    yield from fitted(answer, 1 + count, columns)
     ends = {"stop": "ended by its end token", "length": "ended by the length limit"}
     yield ends.get(values.end, values.end)
     yield from f"answer: {escape_controls(values.answer, chr(10))}".split("\n")
@@ -201,25 +201,6 @@ def _map(head: Head, values: Values, columns: int) -> Iterator[str]:
         )
         rows.append((str(at), cut_to_width(_piece(token), _LABEL - 5), "".join(cells)))
     yield from table(rows, texts=3)
-
-
-def _fitted(rows: Sequence[Sequence[str]], texts: int, columns: int) -> Iterator[str]:
-    """Write a table; where it is too wide, as several with the same first column.
-
-    The first `texts` columns are text, the others numbers.
-    """
-    first, *rest = zip(*rows, strict=True)
-    while rest:
-        count = len(rest)
-        while True:
-            lines = table(list(zip(first, *rest[:count], strict=True)), texts)
-            if count == 1 or max(map(text_width, lines)) <= columns:
-                break
-            count -= 1
-        yield from lines
-        rest, texts = rest[count:], max(texts - count, 1)
-        if rest:
-            yield ""
 
 
 def _shape(shape: Sequence[int]) -> str:
