@@ -26,7 +26,9 @@ def build_parser() -> Parser:
             "first layer that it had not finished if the same command is given again."
         ),
         example="python -m convert.quantize ./chatglm2-6b ./chatglm2-6b-gptq --method gptq "
-        "--calibration text.txt",
+        "--calibration text.txt\n"
+        "  python -m convert.quantize demo ./demo-gptq --group 64 "
+        "--calibration train/demo/pairs.jsonl",
     )
     options.add_places(parser)
     weights = parser.add_argument_group("weights")
