@@ -27,7 +27,7 @@ def build_parser() -> Parser:
         ),
         example="python -m convert.quantize ./chatglm2-6b ./chatglm2-6b-gptq --method gptq "
         "--calibration text.txt\n"
-        "  python -m convert.quantize demo ./demo-gptq --group 64 "
+        "  python -m convert.quantize demo ./demo-gptq --group 64 --samples 48 "
         "--calibration train/demo/pairs.jsonl",
     )
     options.add_places(parser)
