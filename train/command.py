@@ -1,16 +1,16 @@
 """What the commands that train share: flags and start. Imports no jax."""
 
 import argparse
-import difflib
 import math
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from glm2_jax.choices import DEVICES, QUANTIZE
-from glm2_jax.cli.arguments import choose_platform, path_argument
+from glm2_jax.cli.arguments import choose_platform, device_argument, path_argument
+from glm2_jax.cli.bundled import RECIPES
 from glm2_jax.cli.model_choice import (
     EngineOptions,
     ModelChoice,
@@ -53,9 +53,9 @@ def make_parser(
     others: Any = {"lr": {"help": RATE.format(lr)}, **changes}
     result = Parser(prog=prog, description=description, example=example)
     result.add_argument_group("recipe").add_argument(
-        "--config", type=path_argument, metavar="FILE.yml",
-        help="read flags from a YAML file, one per line: `lr: 2e-5`; flags of the command line "
-        "override it",
+        "--config", type=path_argument, metavar="NAME|FILE.yml",
+        help="read flags from a YAML file, one per line: `lr: 2e-5`, or from a bundled recipe, one "
+        f"of {', '.join(RECIPES)}; flags of the command line override it",
     )  # fmt: skip
     add_model_options(result)
     add_flags(result, "data", DataOptions, **others)
@@ -76,7 +76,7 @@ def make_parser(
     device = {
         "help": f"device: {', '.join(DEVICES)}; with --dry-run also one of {', '.join(CARDS)}, or "
         "several, such as v5e-8 or 8xh200",
-        "type": _device, "choices": None,
+        "type": partial(device_argument, more=CARDS, pattern=MESHES),
     }  # fmt: skip
     add_flags(group, None, ModelChoice, ("dtype", "device"), dtype=dtype, device=device)
     add_mesh_options(group)
@@ -101,18 +101,6 @@ class _DryRun(argparse.Action):
         setattr(namespace, self.dest, True)
         for action in parser._actions:
             action.required = False
-
-
-def _device(text: str) -> str:
-    """Parse a device, or several that are only planned for, for argparse."""
-    name = text.lower()
-    if name in DEVICES or name in CARDS or re.fullmatch(MESHES, name):
-        return name
-    near = difflib.get_close_matches(name, (*DEVICES, *CARDS), n=1)
-    guess = f" (did you mean {near[0]}?)" if near else ""
-    raise argparse.ArgumentTypeError(
-        f"unknown device {text[:40]!r}{guess}; known: {', '.join((*DEVICES, *CARDS))}"
-    )
 
 
 def start(

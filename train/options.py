@@ -174,7 +174,7 @@ class OutputOptions:
     )  # fmt: skip
     checkpoints: str | None = flag(
         "store the checkpoints here instead of in --output, for hosts without a shared folder: in "
-        "a bucket of Google Cloud Storage (extra gcs; tested with an emulator, not with a real "
+        "a bucket of Google Cloud Storage (needs gcsfs; tested with an emulator, not with a real "
         "bucket)",
         type=checkpoint_place, metavar="DIR|gs://...",
     )  # fmt: skip
@@ -185,7 +185,7 @@ class OutputOptions:
     )
     log_jsonl: str | None = _file("write the log as JSON lines (default: OUTPUT/log.jsonl)")
     plot: str | None = flag(
-        "draw the loss curve, with --check-data the lengths of the rows (extra plot; also .svg, "
-        ".pdf)",
+        "draw the loss curve, with --check-data the lengths of the rows (needs matplotlib; also "
+        ".svg, .pdf)",
         type=path_argument, metavar="FILE.png",
     )  # fmt: skip

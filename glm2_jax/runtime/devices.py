@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from glm2_jax.choices import DEVICES
+from glm2_jax.choices import DEVICES, unknown_device
 from glm2_jax.errors import CheckpointError, DeviceError, UsageError
 from glm2_jax.limits import FEW_ROWS, LONG_CACHE
 from glm2_jax.mesh import AXES, make_mesh, parse_mesh
@@ -27,7 +27,7 @@ def find_device(name: Any) -> Any:
         return name
     name = "auto" if name is None else name
     if name not in DEVICES:
-        raise UsageError(f"unknown device {name!r}", fix=f"Known: {', '.join(DEVICES)}.")
+        raise UsageError(unknown_device(name))
     try:
         return jax.local_devices(backend=None if name == "auto" else name)[0]
     except (RuntimeError, AssertionError) as error:  # the latter if none can be initialized

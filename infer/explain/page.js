@@ -370,8 +370,14 @@ function render() {
   const page = document.getElementById("page");
   page.replaceChildren(topBar(), el("main", {},
     intro(), pipeline(), state.layer === null ? null : block(), costs(), everything(), mask(), cache(), devices(), ...realValues()));
+  clearBar();
   drawResiduals();
   drawMaps();
+}
+
+/** Let what is scrolled to stop below the bar, which has two rows on a narrow screen. */
+function clearBar() {
+  document.documentElement.style.scrollPaddingTop = `${document.querySelector(".bar").offsetHeight + 16}px`;
 }
 
 function start() {
@@ -382,7 +388,7 @@ function start() {
     render();
     document.getElementById(location.hash.slice(1))?.scrollIntoView();
   });
-  addEventListener("resize", fit);
+  addEventListener("resize", () => { clearBar(); fit(); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMaps);
   if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();
   document.documentElement.dataset.ready = "yes";

@@ -44,7 +44,7 @@ ELSEWHERE = {
     },
     "python -m convert.merge_lora BASE ADAPTER MERGED": ("tests", "merge_lora"),
     "python -m convert.to_peft ADAPTER ADAPTER_GLM --layout glm --base BASE": ("tests", "to_peft"),
-    "python -m train.lora --data examples/facts.jsonl --config examples/recipes/demo.yml"
+    "python -m train.lora --data examples/facts.jsonl --config demo"
     " --output adapter": (".ci/run", "python -m train.lora --data examples/facts.jsonl"),
     "python -m train.lora --data examples/facts.jsonl --config demo --output adapter": (
         ".ci/run", "python -m train.lora --data examples/facts.jsonl"

@@ -200,7 +200,7 @@ def using(place: epath.Path) -> Iterator[None]:
         raise InputError(
             f"{place} cannot be used",
             (str(error).splitlines() or [type(error).__name__])[0][:300],
-            "Install the extra gcs, log in (gcloud auth application-default login), or check the "
+            "Install gcsfs, log in (gcloud auth application-default login), or check the "
             "permissions and the name of the bucket.",
         ) from error
 
