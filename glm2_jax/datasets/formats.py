@@ -31,12 +31,13 @@ _NEEDED = {
 _PAIRS = ("alpaca", "adgen", "prompt")  # a question and its answer under a key each
 # Whether a row or an entry is learned: the keys of ms-swift and GLM, OpenAI, axolotl.
 MARKS = ("loss", "weight", "train")
+ORIGIN = "origin"  # where an augmented row comes from: an object, see `train.augment`
 CONTINUES = "continues"  # a key of the pieces of a long text: whether another one follows
 _KNOWN = {
-    name: (*_NEEDED[name], "input", "history", "system", "tools", *MARKS) for name in _PAIRS
+    name: (*_NEEDED[name], "input", "history", "system", "tools", ORIGIN, *MARKS) for name in _PAIRS
 } | {
-    "sharegpt": ("conversations", "system", "tools", *MARKS),
-    "messages": ("messages", "conversations", "tools", *MARKS),
+    "sharegpt": ("conversations", "system", "tools", ORIGIN, *MARKS),
+    "messages": ("messages", "conversations", "tools", ORIGIN, *MARKS),
     TEXT: ("text", CONTINUES),
 }
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {

@@ -47,6 +47,27 @@ def repeats(signatures: np.ndarray) -> np.ndarray:
     return found
 
 
+class Seen:
+    """The signatures of texts so far, to ask for a nearly equal one; as `repeats` compares them."""
+
+    def __init__(self):
+        self._first: dict[tuple[int, bytes], np.ndarray] = {}
+
+    def add(self, text: np.ndarray) -> None:
+        """Add a signature, uint32 [64]."""
+        for key in self._keys(text):
+            self._first.setdefault(key, text)
+
+    def has(self, text: np.ndarray) -> bool:
+        """Return whether an earlier text is nearly the same."""
+        found = (self._first.get(key) for key in self._keys(text))
+        return any(x is not None and (x == text).mean() >= ALIKE for x in found)
+
+    def _keys(self, text: np.ndarray) -> list[tuple[int, bytes]]:
+        starts = range(0, _HASHES, _BAND)
+        return [(start, text[start : start + _BAND].tobytes()) for start in starts]
+
+
 class Dialogues:
     """Finds conversations that are the beginning of another one: logs often repeat in each row the
     dialogue so far. Only a hash of each round is kept."""
