@@ -61,7 +61,10 @@ def one_run(methods: str, seed: int, steps: int) -> dict:
         done = engine.generate(questions, temperature=0, max_new_tokens=64)
         texts, rows = [one.text.strip() for one in done], [*wanted, *learned]
     right = [text == row["output"] for text, row in zip(texts, rows, strict=True)]
-    has = [any(x in text for x in row["expected_any"]) for text, row in zip(texts, wanted)]
+    has = [
+        any(x in text for x in row["expected_any"])
+        for text, row in zip(texts, wanted, strict=False)
+    ]
     count = len(wanted)
     return {
         "methods": methods, "seed": seed, "steps": steps,

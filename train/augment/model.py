@@ -41,7 +41,7 @@ def write(
         return _ask(engine, _PARAPHRASE, texts, sampling, batch)
     there = _ask(engine, _TRANSLATE, texts, sampling, batch)
     back = _ask(engine, _TRANSLATE, [one.text for one in there], sampling, batch)
-    return [second if not first.reason else first for first, second in zip(there, back, strict=True)]
+    return [one if one.reason else other for one, other in zip(there, back, strict=True)]
 
 
 def _ask(

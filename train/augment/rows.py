@@ -12,6 +12,7 @@ from glm2_jax.datasets.formats import (
     absent,
     detect,
     objects,
+    origin_source,
     read_messages,
     unknown_format,
     value_of,
@@ -61,11 +62,10 @@ def read_row(where: str, value: Any, fmt: str = "auto") -> Row:
 
 def origin_of(row: Row) -> dict[str, str]:
     """Return where a row comes from, and the methods that made it: "" for none."""
-    known = row.fields.get(ORIGIN)
-    source = known.get("source") if isinstance(known, dict) else None
-    if not isinstance(source, str):
+    source = origin_source(row.fields)
+    if source is None:
         return {"source": row.where, "method": ""}
-    return {"source": source, "method": str(known.get("method") or "")}
+    return {"source": source, "method": str(value_of(row.fields, ORIGIN).get("method") or "")}
 
 
 def with_texts(row: Row, texts: Mapping[str, str], method: str = "") -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import chain
 from random import Random
 from typing import Any, NamedTuple
@@ -122,10 +121,9 @@ def _changes(settings: Settings) -> dict[str, Change]:
 def _read(settings: Settings) -> list[Row]:
     """Return the rows of all files; InputError where too many are bad, or formats differ."""
     bad = BadRows(settings.max_bad)
-    rows: list[Row] = []
-    for path in settings.data:
-        for where, value in read_rows(path):
-            rows += [row for _, row in bad.keep([(where, value)], partial(read_row, where, fmt=settings.format))]
+    found = chain.from_iterable(map(read_rows, settings.data))
+    placed = ((where, x if isinstance(x, InputError) else (where, x)) for where, x in found)
+    rows = [row for _, row in bad.keep(placed, lambda one: read_row(*one, settings.format))]
     bad.check(len(rows))
     other = next((row for row in rows if row.format != rows[0].format), None)
     if other is not None:

@@ -36,8 +36,8 @@ _NUMBERS = re.compile(_NUMBER)
 
 
 def pieces(text: str) -> list[tuple[str, bool]]:
-    """Split a text into pieces, each with whether it may be changed: nothing of code, and in a Chinese
-    text no Latin word, which is taken for a name."""
+    """Split a text into pieces, each with whether it may be changed: nothing of code, and in a
+    Chinese text no Latin word, which is taken for a name."""
     language = language_of(text)
     if language == CODE and "```" not in text:
         return [(text, False)]
@@ -70,8 +70,8 @@ def numbers(text: str) -> Counter[str]:
 
 
 def names(text: str) -> set[str]:
-    """Return what is in quotation marks, 书名号 or backquotes, capitalized names, and the Latin words
-    of a Chinese text, in lower case."""
+    """Return what is in quotation marks, 书名号 or backquotes, capitalized names, and the Latin
+    words of a Chinese text, in lower case."""
     found = [quoted[1:-1] for quoted in _QUOTES.findall(text)]
     found += (_LATIN if language_of(text) == ZH else _NAMES).findall(text)
     return {name.casefold() for name in found if name}

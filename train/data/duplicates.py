@@ -24,10 +24,15 @@ _bits = np.random.Philox(np.random.SeedSequence(5)).random_raw(2 * _HASHES)
 _FACTORS, _TERMS = _bits[:_HASHES] | np.uint64(1), _bits[_HASHES:]
 
 
+def normalized(text: str) -> str:
+    """Return a text without case, width, spaces and punctuation."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(char for char in text if unicodedata.category(char)[0] not in "PZC")
+
+
 def signature(text: str) -> np.ndarray:
     """Return uint32 [64]: the smallest value of each hash function over the pieces of a text."""
-    normal = unicodedata.normalize("NFKC", text).casefold()
-    normal = "".join(char for char in normal if unicodedata.category(char)[0] not in "PZC")
+    normal = normalized(text)
     pieces = {normal[at : at + PIECE] for at in range(max(len(normal) - PIECE + 1, 1))}
     sums = np.array([zlib.crc32(piece.encode()) for piece in pieces], np.uint64)
     values = (sums[:, None] * _FACTORS + _TERMS) >> np.uint64(32)  # multiply-shift, modulo 2**64
