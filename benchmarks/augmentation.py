@@ -32,7 +32,7 @@ ARMS = (
     NONE, "template", "typo,homophone,width,script", "synonym,swap,delete",
     "typo,homophone,width,script,template,synonym,swap,delete",
 )  # fmt: skip
-PER_ROW = 8
+PER_ROW, BATCH = 8, 10
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -54,6 +54,7 @@ def one_run(methods: str, seed: int, steps: int) -> dict:
             raise SystemExit(f"trained on what is asked: {found}")
         adapter = f"{folder}/adapter"
         flags = ["--data", str(data), "--config", RECIPE, "--steps", str(steps)]
+        flags += ["--batch-size", str(BATCH)]
         if lora.main([*flags, "--seed", str(seed), "--output", adapter]):
             raise SystemExit("training failed")
         engine = load(adapter=adapter)
@@ -77,7 +78,7 @@ def one_run(methods: str, seed: int, steps: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--arms", nargs="+", default=ARMS, help="methods of train.augment, or none")
     parser.add_argument("--log", type=Path, default=Path("augmentation.jsonl"))
     args = parser.parse_args()

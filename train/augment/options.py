@@ -17,6 +17,7 @@ TEMPLATE, SYNONYM, SWAP, DELETE = "template", "synonym", "swap", "delete"
 PARAPHRASE, BACK_TRANSLATION = "paraphrase", "back-translation"
 WITH_MODEL = (PARAPHRASE, BACK_TRANSLATION)
 METHODS = (TYPO, HOMOPHONE, WIDTH, SCRIPT, TEMPLATE, SYNONYM, SWAP, DELETE, *WITH_MODEL)
+LOW, HIGH = 0.2, 0.9  # of --similarity
 _MOST = 0.5  # of a text that changes
 
 
@@ -64,7 +65,7 @@ class MethodOptions:
         "in other words around it; synonym, swap, delete = words replaced, swapped, left out; "
         "paraphrase, back-translation = by --model. All but typo, width, template and those by "
         "--model need the extra augment",
-        type=methods, default=(TYPO, TEMPLATE), metavar="A,B,...",
+        type=methods, default=f"{TYPO},{TEMPLATE}", metavar="A,B,...",
     )  # fmt: skip
     per_row: int = flag(
         "new rows for each row, by the methods in turn", type=positive, default=2, metavar="N"
@@ -91,10 +92,10 @@ class MethodOptions:
 class AnswerOptions:
     """How a model writes, and what of it is kept."""
 
-    similarity: Sequence[float] = flag(
+    similarity: Sequence[float] | None = flag(
         "keep what the model writes only if it has at least LOW and at most HIGH of its pairs of "
-        "characters in common with the question",
-        type=share, nargs=2, default=(0.2, 0.9), metavar=("LOW", "HIGH"),
+        f"neighboring characters in common with the question (default: {LOW} {HIGH})",
+        type=share, nargs=2, metavar=("LOW", "HIGH"),
     )  # fmt: skip
     temperature: float = flag("sampling temperature", type=number, default=0.8, metavar="X")
     top_p: float = flag("nucleus sampling", type=share, default=0.8, metavar="X")

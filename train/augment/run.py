@@ -78,7 +78,7 @@ def _fields(rows: Sequence[Row], one: New) -> dict[str, Any]:
 
 def _check(settings: Settings) -> None:
     """Refuse at once what would fail at the end."""
-    low, high = settings.similarity
+    low, high = settings.similarity or (options.LOW, options.HIGH)
     if low > high:
         raise UsageError(
             f"--similarity must be LOW HIGH, got {low:g} {high:g}.", fix="Swap the two numbers."
@@ -194,7 +194,7 @@ def _by_model(
     )  # fmt: skip
     engine = open_engine(settings.choice, settings.options, rows=batch)
     known = chain.from_iterable(one.texts.values() for one in new)
-    low, high = settings.similarity
+    low, high = settings.similarity or (options.LOW, options.HIGH)
     checker = Checker(low, high, chain((row.texts[-1] for row in rows), known))
     found: list[New] = []
     for method, _ in Counter(method for _, method in asked).items():
