@@ -53,7 +53,7 @@ def report(rows: int, counts: Counts, *, as_json: bool) -> str:
     new = counts.kept.total()
     if as_json:
         return json_line({"rows": rows, "new": new, "methods": counts.facts()})
-    return join_lines([*counts.lines(), f"{rows} rows, {new} new ones"])
+    return join_lines([*counts.lines(), f"rows: {rows}, new: {new}"])
 
 
 def examples(rows: Sequence[Row], new: Sequence[tuple[int, str, Mapping[str, str]]]) -> str:

@@ -20,7 +20,6 @@ from glm2_jax.datasets.formats import (
 from glm2_jax.datasets.pairs import is_pair, read_pair
 from glm2_jax.datasets.rows import checked_text
 from glm2_jax.errors import InputError
-from glm2_jax.escape import json_line
 
 _TEXTS = {  # the keys of the question, of which a row uses the first that it has
     "alpaca": ("instruction",), "adgen": ("content",), "prompt": ("prompt",),
@@ -55,8 +54,8 @@ def read_row(where: str, value: Any, fmt: str = "auto") -> Row:
     if found is None:
         raise unknown_format(value)
     read_pair(value) if found == PREFERENCE else read_messages(value, found)
-    checked_text(json_line(value))
     texts: list[str] = [holder[key] for holder, key in _places(_opened(value, found), found)]
+    checked_text("".join(texts))
     return Row(where, value, found, list(dict.fromkeys(reversed(texts)))[::-1])
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError
@@ -59,7 +61,7 @@ class Words:
 
     def __init__(self, synonyms: Mapping[str, list[str]]):
         self._synonyms = synonyms
-        self._tokenizer = None
+        self._chinese = tuple(word for word in synonyms if not word.isascii())
 
     def synonym(self, text: str, rng: Random, rate: float) -> str:
         """Replace words by synonyms."""
@@ -106,18 +108,19 @@ class Words:
     def _tokens(self, piece: str) -> Iterable[str]:
         for token in _TOKEN.findall(piece):
             if token[0].isalpha() and not token[0].isascii():
-                yield from self._jieba().cut(token)
+                yield from _tokenizer(self._chinese).cut(token)
             else:
                 yield token
 
-    def _jieba(self):
-        if self._tokenizer is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                import jieba
-            jieba.setLogLevel(60)  # nothing on stderr
-            self._tokenizer = jieba.Tokenizer()
-            for word in self._synonyms:
-                if not word.isascii():
-                    self._tokenizer.add_word(word)
-        return self._tokenizer
+
+@cache
+def _tokenizer(words: tuple[str, ...]) -> Any:
+    """Return a tokenizer of jieba that knows these words, too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import jieba
+    jieba.setLogLevel(60)  # nothing on stderr
+    found = jieba.Tokenizer()
+    for word in words:
+        found.add_word(word)
+    return found
