@@ -1,4 +1,4 @@
-"""What `deploy/` and docs/serving.md say fits the server; nginx and systemd check their files where
+"""What `deploy/` and docs/deploy/server.md say fits the server; nginx and systemd check their files where
 they are installed."""
 
 import ast
@@ -36,7 +36,7 @@ from tests.support.paths import ROOT
 from tests.support.serve import serving
 
 DEPLOY = ROOT / "deploy"
-PAGES = [(ROOT / "docs" / name).read_text("utf-8") for name in ("serving.md", "serving.zh.md")]
+PAGES = [(ROOT / "docs/deploy" / name).read_text("utf-8") for name in ("server.md", "server.zh.md")]
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
 SERVICES = tuple(COMPOSE["services"].values())
 NGINX = (DEPLOY / "nginx.conf").read_text("utf-8")
