@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from glm2_jax.datasets import PREFERENCE
+from glm2_jax.datasets import PREFERENCE, TEXT
 from glm2_jax.datasets.formats import (
     ORIGIN,
     absent,
@@ -46,11 +46,13 @@ def read_row(where: str, value: Any, fmt: str = "auto") -> Row:
 
     `fmt` is one of `glm2_jax.datasets.FORMATS`, "preference", or "auto": by its keys.
     """
-    if isinstance(value, str):
-        raise InputError("a plain text has no question", "the texts of users are augmented")
-    if not isinstance(value, dict):
+    if not isinstance(value, dict | str):
         raise InputError("not a JSON object", "write {...} with a value for each key")
-    found = (PREFERENCE if is_pair(value) else detect(value)) if fmt == "auto" else fmt
+    found = None
+    if isinstance(value, dict):
+        found = (PREFERENCE if is_pair(value) else detect(value)) if fmt == "auto" else fmt
+    if found is None and (isinstance(value, str) or TEXT in value):
+        raise InputError("a plain text has no question", "the texts of users are augmented")
     if found is None:
         raise unknown_format(value)
     read_pair(value) if found == PREFERENCE else read_messages(value, found)

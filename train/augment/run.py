@@ -66,7 +66,7 @@ def run(settings: Settings) -> int:
         _write(settings, [with_texts(row, {}) for row in rows] + [_fields(rows, x) for x in new])
     text = report(len(rows), counts, as_json=settings.json)
     if settings.output == "-" and not settings.dry_run:
-        complain(text)
+        complain(*text.splitlines())
     else:
         print(text, flush=True)
     return 0

@@ -75,7 +75,8 @@ def test_a_new_row_keeps_the_first_origin():
     ("value", "message"),
     [
         ("a text", "a plain text has no question"),
-        ({"text": "a text"}, "no known format"),
+        ({"text": "a text"}, "a plain text has no question"),
+        ({"question": "Q"}, "no known format"),
         ([1], "not a JSON object"),
         (alpaca(""), "instruction is empty"),
         (alpaca("Q", ""), "output is empty"),

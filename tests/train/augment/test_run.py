@@ -66,7 +66,7 @@ def test_reports(data, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
     assert main(["--data", "-", "--output", "-"]) == 0
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 9 and "rows: 3, new: 6" in err
+    assert len(out.splitlines()) == 9 and "\nrows: 3, new: 6\n" in err
     assert json.loads(out.splitlines()[0])["origin"]["source"] == "-:1"
 
 
