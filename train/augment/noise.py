@@ -44,7 +44,7 @@ def homophone(text: str, rng: Random, rate: float) -> str:
     """Replace Chinese characters by common ones of the same syllable, of any tone."""
     from pypinyin import lazy_pinyin
 
-    syllables = lazy_pinyin(text, errors=list)
+    syllables = lazy_pinyin(text, errors=list)  # type: ignore[arg-type]  # one for each character
     others = {
         at: [char for char in _by_syllable().get(syllables[at], ()) if char != text[at]]
         for at in free_places(text)

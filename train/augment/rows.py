@@ -30,6 +30,7 @@ _LISTS = {  # the keys of lists of messages
     PREFERENCE: ("conversations", "messages", "prompt", "chosen", "rejected"),
 }  # fmt: skip
 _USER = ("user", "human")
+_NO_QUESTION = InputError("a plain text has no question", "the texts of users are augmented")
 
 
 class Row(NamedTuple):
@@ -46,13 +47,13 @@ def read_row(where: str, value: Any, fmt: str = "auto") -> Row:
 
     `fmt` is one of `glm2_jax.datasets.FORMATS`, "preference", or "auto": by its keys.
     """
-    if not isinstance(value, dict | str):
+    if isinstance(value, str):
+        raise _NO_QUESTION
+    if not isinstance(value, dict):
         raise InputError("not a JSON object", "write {...} with a value for each key")
-    found = None
-    if isinstance(value, dict):
-        found = (PREFERENCE if is_pair(value) else detect(value)) if fmt == "auto" else fmt
-    if found is None and (isinstance(value, str) or TEXT in value):
-        raise InputError("a plain text has no question", "the texts of users are augmented")
+    found = (PREFERENCE if is_pair(value) else detect(value)) if fmt == "auto" else fmt
+    if found is None and TEXT in value:
+        raise _NO_QUESTION
     if found is None:
         raise unknown_format(value)
     read_pair(value) if found == PREFERENCE else read_messages(value, found)

@@ -123,7 +123,11 @@ def _read(settings: Settings) -> list[Row]:
     bad = BadRows(settings.max_bad)
     found = chain.from_iterable(map(read_rows, settings.data))
     placed = ((where, x if isinstance(x, InputError) else (where, x)) for where, x in found)
-    rows = [row for _, row in bad.keep(placed, lambda one: read_row(*one, settings.format))]
+
+    def parse(one: tuple[str, Any]) -> Row:
+        return read_row(*one, settings.format)
+
+    rows = [row for _, row in bad.keep(placed, parse)]
     bad.check(len(rows))
     other = next((row for row in rows if row.format != rows[0].format), None)
     if other is not None:

@@ -18,7 +18,7 @@ from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError
 from train.augment.noise import chosen
 from train.augment.spans import pieces
-from train.data.language import CHINESE
+from train.data.language import CHINESE, has_chinese
 
 SYNONYMS = Path(__file__).with_name("synonyms.txt")
 # Without these a text asks for something else.
@@ -27,7 +27,7 @@ _ASKING = frozenset(
     "not no never nor without who whom whose what which where when why how".split()
 )
 _NEGATIONS = tuple("不没无非未勿别")
-_TOKEN = re.compile(rf"[A-Za-z]+(?:['’-][A-Za-z]+)*|[{CHINESE}]+|.", re.DOTALL)
+_TOKEN = re.compile(rf"[A-Za-z]+(?:['’-][A-Za-z]+)*|[{CHINESE}]+|[^\W\d_]+|.", re.DOTALL)
 _SEPARATORS = re.compile(r"\s*[,，、;；\t]\s*")
 
 
@@ -92,6 +92,8 @@ class Words:
             tokens[at] = ""
             if tokens[at + 1 : at + 2] == [" "]:
                 tokens[at + 1] = ""
+            elif at and tokens[at - 1] == " ":
+                tokens[at - 1] = ""
         return "".join(tokens).strip()
 
     def _cut(self, text: str) -> tuple[list[str], list[int]]:
@@ -107,7 +109,7 @@ class Words:
 
     def _tokens(self, piece: str) -> Iterable[str]:
         for token in _TOKEN.findall(piece):
-            if token[0].isalpha() and not token[0].isascii():
+            if has_chinese(token[0]):
                 yield from _tokenizer(self._chinese).cut(token)
             else:
                 yield token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -50,9 +50,10 @@ class Figures:
     questions: np.ndarray  # uint64 [R], hashes of the user's texts, normalized
     texts: np.ndarray  # uint64 [R], hashes of all texts, normalized
     signatures: np.ndarray  # uint32 [R, 64], of all texts
-    growing: list[tuple[int, int]]  # rows, and rows that begin with all of them
-    languages: dict[str, Counter[str]]  # of the texts of each of SIDES
-    distinct: dict[str, Distinct]  # likewise
+    # rows, and rows that begin with all of them
+    growing: list[tuple[int, int]] = field(default_factory=list)
+    languages: dict[str, Counter[str]] = field(default_factory=dict)  # of the texts of SIDES
+    distinct: dict[str, Distinct] = field(default_factory=dict)  # likewise
 
     def only(self, ids: np.ndarray) -> Figures:
         """Return the arrays of the rows with these ids, which ascend as their sequences do; the
@@ -66,10 +67,13 @@ def gather(dataset: Dataset) -> Figures:
     """Read all rows of a dataset once."""
     firsts = dataset.first_of_rows()
     found = Figures(
-        firsts, dataset.row_ids()[firsts], dataset.origins[firsts],
-        *np.zeros((2, len(firsts)), np.uint64), np.zeros((len(firsts), 64), np.uint32),
-        [], {}, {},
-    )  # fmt: skip
+        firsts=firsts,
+        ids=dataset.row_ids()[firsts],
+        origins=dataset.origins[firsts],
+        questions=np.zeros(len(firsts), np.uint64),
+        texts=np.zeros(len(firsts), np.uint64),
+        signatures=np.zeros((len(firsts), 64), np.uint32),
+    )
     dialogues, step = Dialogues(), -(-len(firsts) // SAMPLE)
     with Progress("comparing rows", len(firsts)) as bar:
         for number, index in enumerate(firsts.tolist()):

@@ -39,8 +39,12 @@ def language_of(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     if _FENCE.search(text) or sum(bool(_CODE.search(x)) for x in lines) * 2 >= max(len(lines), 1):
         return CODE
-    found = [ZH if has_chinese(x) else EN if _LATIN.fullmatch(x) else OTHER for x in units(text)]
-    if not (words := [name for name, x in zip(found, units(text), strict=True) if not x.isdigit()]):
+    words = [
+        ZH if has_chinese(word) else EN if _LATIN.fullmatch(word) else OTHER
+        for word in units(text)
+        if not word.isdigit()
+    ]
+    if not words:
         return OTHER
     name = max((ZH, EN, OTHER), key=words.count)
     return name if words.count(name) >= _MOST * len(words) else MIXED
