@@ -86,7 +86,12 @@ def run(recipe: Recipe, make_method: MakeMethod, watcher: Watcher | None = None)
     for line in folder.notes if recipe.data.check_data else ():  # a run notes them when it loads
         note(line)
     dataset = open_dataset(recipe.data, folder)
-    if (code := print_checks(recipe.data, dataset, output.plot)) is not None:
+
+    def split() -> tuple[Dataset, Dataset | None]:
+        learned, sets = watcher.split(recipe, folder, dataset)
+        return learned, sets.get(VALIDATION)
+
+    if (code := print_checks(recipe.data, dataset, output.plot, split)) is not None:
         return code
     mesh = find_mesh(recipe.choice.mesh, recipe.choice.device)
     first = find_device(recipe.choice.device) if mesh is None else mesh.local_devices[0]

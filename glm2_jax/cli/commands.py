@@ -26,6 +26,7 @@ COMMANDS = {
     "preference": ("train.preference", "train by chosen and rejected answers: DPO, ORPO"),
     "full": ("train.full", "fine-tune all parameters"),
     "sweep": ("train.sweep", "search for good settings of fine-tuning"),
+    "augment": ("train.augment", "more wordings of the questions to train on"),
     "train-bench": ("train.bench", "measure training speed"),
     "train-demo": ("train.demo", "train the demo model again"),
     "inspect": ("convert.inspect", "show what a checkpoint folder holds"),

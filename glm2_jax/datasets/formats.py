@@ -31,12 +31,13 @@ _NEEDED = {
 _PAIRS = ("alpaca", "adgen", "prompt")  # a question and its answer under a key each
 # Whether a row or an entry is learned: the keys of ms-swift and GLM, OpenAI, axolotl.
 MARKS = ("loss", "weight", "train")
+ORIGIN = "origin"  # a key that augmented rows have: {"source": "file:line", "method": ...}
 CONTINUES = "continues"  # a key of the pieces of a long text: whether another one follows
 _KNOWN = {
-    name: (*_NEEDED[name], "input", "history", "system", "tools", *MARKS) for name in _PAIRS
+    name: (*_NEEDED[name], "input", "history", "system", "tools", ORIGIN, *MARKS) for name in _PAIRS
 } | {
-    "sharegpt": ("conversations", "system", "tools", *MARKS),
-    "messages": ("messages", "conversations", "tools", *MARKS),
+    "sharegpt": ("conversations", "system", "tools", ORIGIN, *MARKS),
+    "messages": ("messages", "conversations", "tools", ORIGIN, *MARKS),
     TEXT: ("text", CONTINUES),
 }
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {
@@ -257,6 +258,13 @@ def value_of(row: Fields, key: str) -> Any:
         return parse_json(value)
     except InputError:
         return value
+
+
+def origin_source(row: Fields) -> str | None:
+    """Return which row an augmented row was made of, as it says itself; None for other rows."""
+    origin = value_of(row, ORIGIN)
+    source = origin.get("source") if isinstance(origin, dict) else None
+    return source if isinstance(source, str) else None
 
 
 def _list_key(row: Fields, fmt: str) -> str:

@@ -21,7 +21,7 @@ ROOMS = {
         "doctor", "bench", "chat", "evaluate", "explain", "fill", "generate", "selftest", "serve",
         "lab",  # stands on evaluate and bench
     ),
-    "train": ("run_folder", "data", "train.", "demo", "sweep"),
+    "train": ("run_folder", "data", "train.", "demo", "augment", "sweep"),
 }  # fmt: skip
 WINGS = set(ROOMS["infer"][6:-1])  # the rooms of the commands, of which none knows another
 

@@ -2,59 +2,72 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 import numpy as np
 
-from glm2_jax.cli.messages import Progress
 from glm2_jax.escape import join_lines
 from train.data.dataset import Dataset, counted, summed
-from train.data.duplicates import ALIKE, PIECE, Dialogues, repeats, signature
+from train.data.duplicates import ALIKE, PIECE, repeats
+from train.data.figures import SAMPLE, SHARED, Figures, gather, shared
+from train.data.language import LANGUAGES
 from train.data.options import DataOptions
 
 _BINS = 12
 _BAR = 50  # characters of the longest bar
 _LISTED = 5  # examples of rows that are only counted
+Split = Callable[[], tuple[Dataset, Dataset | None]]
 
 
-def print_checks(options: DataOptions, dataset: Dataset, plot: str | None = None) -> int | None:
+def print_checks(
+    options: DataOptions, dataset: Dataset, plot: str | None = None, split: Split | None = None
+) -> int | None:
     """Print on standard output what `--check-data` and `--print-sample` ask for.
 
     Returns the exit code of a run that ends with `--check-data`, 3 where there are bad rows; None
-    without that flag. `plot` is a picture of the lengths to draw with `--check-data`.
+    without that flag. `plot` is a picture of the lengths to draw with `--check-data`. `split` gives
+    the rows to learn from, and those for validation or None, which are compared.
     """
     if options.print_sample is not None:
         print(print_sample(dataset, options.print_sample))
     if not options.check_data:
         return None
-    print(report(dataset))
+    figures = gather(dataset)
+    print(report(dataset, figures))
     if plot is not None and len(dataset):
         draw(dataset.lengths, dataset.width, plot)
-    return 3 if dataset.num_bad else 0
+    bad = dataset.num_bad
+    if split is not None and len(dataset):
+        learned, validation = split()
+        if validation is not None:
+            print(leakage(dataset, figures, learned, validation))
+            bad += validation.num_bad
+    return 3 if bad else 0
 
 
-def report(dataset: Dataset) -> str:
+def report(dataset: Dataset, figures: Figures | None = None) -> str:
     """Return a report of every row of a dataset that was opened with `max_bad=None`."""
     rows, sequences = counted(dataset.rows, "row"), counted(len(dataset), "sequence")
     lines = [f"{name}: {fmt}" for name, _, fmt in dataset.files]
-    lines += [f"{rows}, {dataset.num_bad} of them bad; {sequences} to learn from"]
-    lines += summed(dataset.bad)[0]
+    lines += [f"{rows}, {dataset.num_bad} of them bad; {sequences} to learn from", *_bad(dataset)]
+    figures = gather(dataset) if figures is None else figures
+    lines += [*dataset.notes(), *_repeats(dataset, figures), *_contents(figures)]
+    return join_lines([*lines, *_lengths(dataset)])
+
+
+def _bad(dataset: Dataset) -> list[str]:
+    lines = summed(dataset.bad)[0]
     if dataset.num_bad > len(dataset.bad):
         lines.append(f"... and {dataset.num_bad - len(dataset.bad)} more")
-    lines += [f"bad: {n} x {reason}" for reason, n in dataset.bad_reasons.most_common()]
-    return join_lines([*lines, *dataset.notes(), *_repeats(dataset), *_lengths(dataset)])
+    return lines + [f"bad: {n} x {reason}" for reason, n in dataset.bad_reasons.most_common()]
 
 
-def _repeats(dataset: Dataset) -> list[str]:
+def _repeats(dataset: Dataset, figures: Figures) -> list[str]:
     """Return lines about rows that repeat others, or parts of them."""
-    rows = dataset.first_of_rows().tolist()
-    signatures, dialogues = np.empty((len(rows), 64), np.uint32), Dialogues()
-    with Progress("comparing rows", len(rows)) as bar:
-        for number, index in enumerate(rows):
-            messages = dataset.messages(index)
-            dialogues.add(messages)
-            signatures[number] = signature("\n".join(message["content"] for message in messages))
-            bar(number + 1)
-    growing = dialogues.growing()
-    near = [(n, first) for n, first in enumerate(repeats(signatures).tolist()) if n != first]
+    growing, rows = figures.growing, figures.firsts
+    found = repeats(figures.signatures).tolist()
+    near = [(n, first) for n, first in enumerate(found) if n != first]
 
     def listed(pairs: list[tuple[int, int]], verb: str) -> list[str]:
         places = ((dataset.source(rows[x]), dataset.source(rows[y])) for x, y in pairs[:_LISTED])
@@ -75,14 +88,61 @@ def _repeats(dataset: Dataset) -> list[str]:
     return lines + listed(near, "nearly repeats")
 
 
+def _contents(figures: Figures) -> list[str]:
+    """Return lines about origins, diversity and languages."""
+    origins = len(np.unique(figures.origins))
+    lines = []
+    if origins < len(figures.origins):
+        lines.append(f"{counted(len(figures.origins), 'row')} of {counted(origins, 'origin')}")
+    if not figures.languages:
+        return lines
+    sample = f", of {SAMPLE} rows" if len(figures.firsts) > SAMPLE else ""
+    lines.append(f"different 1-grams and 2-grams (Chinese characters and words){sample}:")
+    for side, distinct in figures.distinct.items():
+        one, two = distinct.shares()
+        lines.append(f"  {side}: {one:.1%} and {two:.1%} of all")
+    lines.append("languages:")
+    for side, counts in figures.languages.items():
+        named = (f"{name} {counts[name]}" for name in LANGUAGES if counts[name])
+        lines.append(f"  {side}: {', '.join(named)}")
+    return lines
+
+
+def leakage(dataset: Dataset, figures: Figures, learned: Dataset, validation: Dataset) -> str:
+    """Return a report of the validation rows that are in training, too.
+
+    `figures` are those of `dataset`, of which the other two may be parts.
+    """
+    alone = validation.files != dataset.files
+    ours = figures.only(learned.row_ids())
+    theirs = gather(validation) if alone else figures.only(validation.row_ids())
+    found = shared(ours, theirs)
+    lines, counts = [], Counter(one.how for one in found)
+    if alone:
+        lines += [f"{name}: {fmt}" for name, _, fmt in validation.files]
+        bad = f"{counted(validation.rows, 'row')}, {validation.num_bad} of them bad"
+        lines += [bad, *_bad(validation)]
+    total = counted(len(theirs.firsts), "row")
+    each = ", ".join(f"{counts[how]} {words}" for how, words in SHARED.items() if counts[how])
+    lines.append(
+        f"leakage: {len(found)} of {total} for validation {'is' if len(found) == 1 else 'are'} in "
+        f"training too{': ' * bool(each)}{each}"
+    )
+    for how, row, other in found[:_LISTED]:
+        where = (validation if alone else dataset).source(theirs.firsts[row])
+        lines.append(f"{where} {how} {dataset.source(ours.firsts[other])}")
+    return join_lines(lines)
+
+
 def _lengths(dataset: Dataset) -> list[str]:
     if not len(dataset):
         return []
     tokens, learned = (int(x.sum(dtype=np.int64)) for x in (dataset.lengths, dataset.learned))
-    low, middle, high = np.percentile(dataset.lengths, (0, 50, 100)).astype(int)
+    low, *middle, high = np.percentile(dataset.lengths, (0, 50, 90, 99, 100)).astype(int)
     lines = [
         f"{counted(tokens, 'token')}, {learned} learned",
-        f"lengths {low} to {high}, median {middle}, allowed {dataset.width}:",
+        f"lengths {low} to {high}, median {middle[0]}, 90 % up to {middle[1]}, 99 % up to "
+        f"{middle[2]}, allowed {dataset.width}:",
     ]
     edges, counts = histogram(dataset.lengths)
     for low, high, n in zip(edges, edges[1:], counts, strict=False):

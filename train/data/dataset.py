@@ -176,6 +176,18 @@ class Dataset:
         files = np.searchsorted(self._stops, np.arange(len(self)), side="right")
         return np.array(self._same, np.int64)[files] << 40 | self._columns["row"]
 
+    @property
+    def origins(self) -> np.ndarray:
+        """uint64 [N], which row each one's row was made of, a hash; 0 = not augmented."""
+        return self._columns["origin"]
+
+    def origin_ids(self) -> np.ndarray:
+        """Return int64 [N]: `row_ids`, but rows of one origin have the number of the first."""
+        ids, known = self.row_ids(), np.flatnonzero(self.origins)
+        found = np.unique(self.origins[known], return_index=True, return_inverse=True)
+        ids[known] = ids[known[found[1]]][found[2]]
+        return ids
+
     def first_of_rows(self) -> np.ndarray:
         """Return int64, ascending: the first sequence of every row; repeated files count once."""
         return np.sort(np.unique(self.row_ids(), return_index=True)[1])

@@ -24,10 +24,15 @@ _bits = np.random.Philox(np.random.SeedSequence(5)).random_raw(2 * _HASHES)
 _FACTORS, _TERMS = _bits[:_HASHES] | np.uint64(1), _bits[_HASHES:]
 
 
+def normalized(text: str) -> str:
+    """Return a text without case, width, spaces and punctuation."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(char for char in text if unicodedata.category(char)[0] not in "PZC")
+
+
 def signature(text: str) -> np.ndarray:
     """Return uint32 [64]: the smallest value of each hash function over the pieces of a text."""
-    normal = unicodedata.normalize("NFKC", text).casefold()
-    normal = "".join(char for char in normal if unicodedata.category(char)[0] not in "PZC")
+    normal = normalized(text)
     pieces = {normal[at : at + PIECE] for at in range(max(len(normal) - PIECE + 1, 1))}
     sums = np.array([zlib.crc32(piece.encode()) for piece in pieces], np.uint64)
     values = (sums[:, None] * _FACTORS + _TERMS) >> np.uint64(32)  # multiply-shift, modulo 2**64
@@ -45,6 +50,27 @@ def repeats(signatures: np.ndarray) -> np.ndarray:
         alike = (signatures == signatures[earlier]).mean(axis=1) >= ALIKE
         found = np.where(alike, np.minimum(found, earlier), found)
     return found
+
+
+class Seen:
+    """The signatures of texts so far, to ask for a nearly equal one; as `repeats` compares them."""
+
+    def __init__(self):
+        self._first: dict[tuple[int, bytes], np.ndarray] = {}
+
+    def add(self, text: np.ndarray) -> None:
+        """Add a signature, uint32 [64]."""
+        for key in self._keys(text):
+            self._first.setdefault(key, text)
+
+    def has(self, text: np.ndarray) -> bool:
+        """Return whether an earlier text is nearly the same."""
+        found = (self._first.get(key) for key in self._keys(text))
+        return any(x is not None and (x == text).mean() >= ALIKE for x in found)
+
+    def _keys(self, text: np.ndarray) -> list[tuple[int, bytes]]:
+        starts = range(0, _HASHES, _BAND)
+        return [(start, text[start : start + _BAND].tobytes()) for start in starts]
 
 
 class Dialogues:

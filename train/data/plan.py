@@ -21,11 +21,11 @@ def split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Return the rows to learn from, and a random share of the rows for validation; UsageError if
     one of the two has none.
 
-    All sequences of a row stay together, also those of a file that is given twice; general rows are
-    never taken for validation.
+    All sequences of a row stay together, also those of a file that is given twice, and all rows of
+    one origin; general rows are never taken for validation.
     """
     own = max(group.stop for group in dataset.groups if not group.general)
-    ids = dataset.row_ids()
+    ids = dataset.origin_ids()
     rows = ids[np.sort(np.unique(ids[:own], return_index=True)[1])]  # in the order of the files
     count = round(len(rows) * share)
     if not 0 < count < len(rows):

@@ -1,6 +1,6 @@
 """Reading a file once: the places and lengths of its sequences, and its bad rows.
 
-Scans of large files are cached in the user's cache folder: about 45 bytes a sequence, no text and
+Scans of large files are cached in the user's cache folder: about 53 bytes a sequence, no text and
 no tokens. The name of an entry is a hash of everything that it depends on: the contents of the
 file, the tokenizer, how rows are read, and the code that reads them. It gets this name when it is
 complete, so parallel and killed processes cannot harm each other.
@@ -29,7 +29,13 @@ from glm2_jax.cli.messages import note
 from glm2_jax.cli.text_input import parse_object
 from glm2_jax.datasets import PREFERENCE
 from glm2_jax.datasets.encode import Encoder
-from glm2_jax.datasets.formats import detect, read_messages, unknown_format, unused_keys
+from glm2_jax.datasets.formats import (
+    detect,
+    origin_source,
+    read_messages,
+    unknown_format,
+    unused_keys,
+)
 from glm2_jax.datasets.index import DataFile, Row, no_rows
 from glm2_jax.datasets.pairs import SIDES, read_pair
 from glm2_jax.datasets.tables import is_text
@@ -48,11 +54,11 @@ _CODE = (
 )  # fmt: skip
 MAX_LISTED = 10_000  # bad rows whose reasons are kept; all are counted
 COLUMNS = {
-    "offset": "q", "line": "q", "row": "q", "size": "i", "sum": "I", "number": "i", "length": "i",
-    "learned": "i",
+    "offset": "q", "line": "q", "row": "q", "size": "i", "sum": "I", "origin": "Q", "number": "i",
+    "length": "i", "learned": "i",
 }  # fmt: skip
-"""One entry per sequence: offset, line, number, size and crc32 of its row, which of the row's
-sequences it is, its tokens, and how many of them are learned."""
+"""One entry per sequence: offset, line, number, size, crc32 and origin of its row (a hash, 0 =
+none), which of the row's sequences it is, its tokens, and how many of them are learned."""
 
 
 @dataclass
@@ -103,7 +109,8 @@ def scan(file: DataFile, reading: Reading, progress: Callable[[int], None]) -> S
                 _agree(found, fields, row, reading.preferred, file)
             for values in _sequences(found, fields, reading):
                 place = row.offset, row.line, row.number, row.size, zlib.crc32(row.data)
-                for column, value in zip(columns.values(), (*place, *values), strict=True):
+                entry = (*place, _origin(fields), *values)
+                for column, value in zip(columns.values(), entry, strict=True):
                     column.append(value)
         except _MixedFormats:
             raise
@@ -158,6 +165,17 @@ def _sequences(found: Scan, fields: dict[str, Any], reading: Reading) -> list[tu
     answers = (message for message in messages if message["role"] == "assistant")
     found.marked += sum(not message.get("loss", True) for message in answers)
     return sequences[::-1]
+
+
+def _origin(fields: dict[str, Any]) -> int:
+    source = origin_source(fields)
+    return 0 if source is None else hash_origin(source)
+
+
+def hash_origin(source: str) -> int:
+    """Return a hash of the place of a row, for the column of origins."""
+    digest = hashlib.blake2b(source.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _pair(fields: dict[str, Any], reading: Reading) -> tuple[int, int, int]:

@@ -13,11 +13,12 @@ def split_fold(dataset: Dataset, fold: int, folds: int, seed: int) -> tuple[Data
     """Return the rows to learn from, and those of a fold, from 0, for validation.
 
     The folds have no row in common, together have all of them, and each has as many rows of every
-    file as the others, give or take one. All sequences of a row stay together; general rows are
-    never taken for validation. UsageError where there are fewer rows than folds.
+    file as the others, give or take one. All sequences of a row stay together, and all rows of one
+    origin, which count as one; general rows are never taken for validation. UsageError where there
+    are fewer rows than folds.
     """
     own = max(group.stop for group in dataset.groups if not group.general)
-    ids = dataset.row_ids()
+    ids = dataset.origin_ids()
     rows = ids[np.sort(np.unique(ids[:own], return_index=True)[1])]
     if len(rows) < folds:
         raise UsageError(

@@ -16,6 +16,7 @@ from tests.support.training_data import (
     alpaca,
     open_files,
     open_rows,
+    role_messages,
     sharegpt,
     write_rows,
 )
@@ -23,6 +24,8 @@ from train.data.check import histogram, print_checks, print_sample, report
 from train.data.dataset import open_dataset
 from train.data.duplicates import repeats, signature
 from train.data.options import DataOptions, split_weight
+from train.data.plan import split
+from train.sweep.folds import split_fold
 
 LONG = "The capital of France is Paris, and the capital of the other country is another city. " * 3
 FOLDER = SimpleNamespace(
@@ -71,7 +74,9 @@ def test_the_report(tmp_path, monkeypatch):
         "keys that are not used: topic (1 row)\n",
         f"5-character pieces in common): 1 row\n{path}:4 nearly repeats {path}:1\n",
         f"{dataset.lengths.sum()} tokens, {dataset.learned.sum()} learned\n"
-        f"lengths {dataset.lengths.min()} to {dataset.lengths.max()}",
+        f"lengths {dataset.lengths.min()} to {dataset.lengths.max()}, median "
+        f"{int(np.median(dataset.lengths))}, 90 % up to "
+        f"{int(np.percentile(dataset.lengths, 90))}, 99 % up to ",
     ):
         assert part in text, part
     good = report(open_rows(path, [alpaca("Q")] * 8 + [alpaca("Q" * 30)]))
@@ -82,6 +87,75 @@ def test_the_report(tmp_path, monkeypatch):
         edges, counts = histogram(np.array(lengths, np.int32))
         assert edges[0] == first and counts[0] > 0 and len(counts) <= 12
         assert counts.sum() == len(lengths) and len(set(np.diff(edges).tolist())) == 1
+
+
+def augmented(number: int, query: str, answer: str = "A"):
+    return alpaca(query, answer, origin={"source": f"old:{number}", "method": "typo"})
+
+
+def test_diversity_and_languages(tmp_path, monkeypatch):
+    rows = [alpaca("好好好好", "Yes, yes"), alpaca("好 x y", "```\nx\n```"), alpaca("...", "Да")]
+    text = report(open_rows(tmp_path / "data", rows))
+    assert "different 1-grams and 2-grams (Chinese characters and words):\n" in text
+    assert "  questions: 42.9% and 60.0% of all\n" in text  # 3 of 7, 3 of 5
+    assert "  answers: 75.0% and 100.0% of all\n" in text
+    languages = "questions: zh 1, mixed 1, other 1\n  answers: en 1, code 1, other 1\n"
+    assert f"languages:\n  {languages}" in text
+    monkeypatch.setattr("train.data.figures.SAMPLE", 2)
+    monkeypatch.setattr("train.data.check.SAMPLE", 2)
+    text = report(open_rows(tmp_path / "data", rows))  # the first and the third row
+    assert ", of 2 rows:\n  questions: 25.0% and 33.3% of all\n" in text
+    dialogue = role_messages(("system", "S"), ("user", "一"), ("assistant", "二"))
+    assert "questions: zh 1\n  answers: zh 1" in report(open_rows(tmp_path / "data", [dialogue]))
+    plain = opened("--data", str(write_rows(tmp_path / "t", [{"text": "一段话"}])), "--format=text")
+    assert "languages:\n  texts: zh 1\n" in report(plain)
+
+
+def test_what_validation_shares_with_training(tmp_path, capsys):
+    learned = [alpaca(LONG), alpaca("天气"), augmented(1, "Where?"), alpaca("x"), alpaca("new")]
+    wanted = [
+        alpaca(LONG.upper()), alpaca("天气？", "B"), augmented(1, "other"),
+        alpaca(LONG.replace("Paris", "Rome", 1)), alpaca("unknown"), "bad",
+    ]  # fmt: skip
+    data, val = (str(write_rows(tmp_path / n, x)) for n, x in (("d", learned), ("v", wanted)))
+    flags = ["--data", data, "--check-data"]
+    dataset, validation = opened(*flags), opened(*flags, other=val)
+    assert print_checks(data_flags(*flags), dataset, None, lambda: (dataset, validation)) == 3
+    out = capsys.readouterr().out
+    for line in (
+        f"{val}: alpaca", "6 rows, 1 of them bad", f"{val}:6: not JSON: Expecting value: column 1",
+        "leakage: 4 of 5 rows for validation are in training too: 1 word for word, "
+        "1 with another answer, 1 in other words of the same origin, 1 nearly",
+        f"{val}:1 repeats {data}:1", f"{val}:2 has the question of {data}:2",
+        f"{val}:3 has the origin of {data}:3", f"{val}:4 nearly repeats {data}:1",
+    ):  # fmt: skip
+        assert f"{line}\n" in out, line
+    # A row itself is the origin of what was made of it.
+    copy = alpaca("Paris 在哪儿", origin={"source": f"{data}:5", "method": "paraphrase"})
+    other = opened(*flags, other=str(write_rows(tmp_path / "copy", [copy])))
+    assert print_checks(data_flags(*flags), dataset, None, lambda: (dataset, other)) == 0
+    assert f"copy:1 has the origin of {data}:5" in capsys.readouterr().out
+    parts = split(dataset, 0.4, 0)
+    assert print_checks(data_flags(*flags), dataset, None, lambda: parts) == 0
+    assert "leakage: 0 of 2 rows for validation are in training too\n" in capsys.readouterr().out
+    assert print_checks(data_flags(*flags), dataset, None, lambda: (dataset, None)) == 0
+    assert "leakage" not in capsys.readouterr().out
+
+
+def test_a_split_keeps_the_rows_of_an_origin_together(tmp_path):
+    rows = [augmented(n % 5, f"Q{n}") for n in range(20)] + [alpaca(f"R{n}") for n in range(5)]
+    dataset = open_rows(tmp_path / "data", rows)
+    assert len(set(dataset.origin_ids().tolist())) == 10
+    for number, (learned, held) in enumerate(
+        [split(dataset, 0.3, seed) for seed in range(9)]
+        + [split_fold(dataset, fold, 3, 0) for fold in range(3)]
+    ):
+        origins = [set(part.origins.tolist()) - {0} for part in (learned, held)]
+        assert not origins[0] & origins[1] and len(origins[0] | origins[1]) == 5
+        assert len(learned) + len(held) == 25
+        assert number > 8 or len(set(held.origin_ids().tolist())) == 3
+    plain = open_rows(tmp_path / "data", [alpaca(f"R{n}") for n in range(5)])
+    assert (plain.origin_ids() == plain.row_ids()).all()
 
 
 def test_a_file_that_is_given_twice_is_reported_and_counted_once(tmp_path, capsys):

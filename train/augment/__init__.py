@@ -1,0 +1,1 @@
+"""`python -m train.augment`: more wordings of the questions that a model is trained on."""

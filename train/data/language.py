@@ -1,0 +1,50 @@
+"""Which language a text is in, and the units that its figures count. Imports no jax."""
+
+from __future__ import annotations
+
+import re
+
+CHINESE = r"\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
+_UNIT = re.compile(rf"[{CHINESE}]|[^\W_{CHINESE}]+(?:['’-][^\W_{CHINESE}]+)*")
+_CHINESE = re.compile(rf"[{CHINESE}]")
+_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]+")
+_FENCE = re.compile(r"^ *```", re.MULTILINE)
+# A line that ends like a statement, or begins like one of Python, C, SQL or a shell.
+_CODE = re.compile(
+    r"[;{}]\s*$|^\s*(?:def \w+\(|class \w+[(:]|(?:from [\w.]+ )?import [\w.]+(?: as \w+)?$"
+    r"|#include\b|SELECT\b.*\bFROM\b|\$ |[\w.]+ = \S|[\w.]+\(.*\)$)"
+)
+_MOST = 0.8  # the share of a text that makes it one of a language
+ZH, EN, MIXED, CODE, OTHER = "zh", "en", "mixed", "code", "other"
+LANGUAGES = (ZH, EN, MIXED, CODE, OTHER)
+
+
+def has_chinese(text: str) -> bool:
+    """Return whether a text has Chinese characters."""
+    return bool(_CHINESE.search(text))
+
+
+def units(text: str) -> list[str]:
+    """Return the Chinese characters and the words of a text, in lower case."""
+    return _UNIT.findall(text.casefold())
+
+
+def language_of(text: str) -> str:
+    """Return zh, en, mixed, code or other.
+
+    A text with a fenced block, or half of whose lines look like statements, is code. In others
+    Chinese characters, Latin words, and words of other scripts count one each: four of five
+    decide, less is mixed. Latin words count as English. A text without any of them is other.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    if _FENCE.search(text) or sum(bool(_CODE.search(x)) for x in lines) * 2 >= max(len(lines), 1):
+        return CODE
+    words = [
+        ZH if has_chinese(word) else EN if _LATIN.fullmatch(word) else OTHER
+        for word in units(text)
+        if not word.isdigit()
+    ]
+    if not words:
+        return OTHER
+    name = max((ZH, EN, OTHER), key=words.count)
+    return name if words.count(name) >= _MOST * len(words) else MIXED
