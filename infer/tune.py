@@ -61,10 +61,10 @@ class Settings:
         "rows of a step: how many answers are computed at once", type=_rows,
         default="1,2,4,8,16,32", metavar="N,N",
     )  # fmt: skip
-    train: tuple[tuple[int, int], ...] = flag(
+    train: tuple[tuple[int, int], ...] | None = flag(
         "measure steps of training instead, of N rows of M tokens: --batch-size and --max-length "
         "of the training, for example 4x512",
-        type=_shapes, default=(), metavar="NxM,NxM",
+        type=_shapes, metavar="NxM,NxM",
     )  # fmt: skip
     output: str | None = flag(
         "also write the choice to a file, for --tuned F", type=path_argument, metavar="F"

@@ -188,10 +188,10 @@ def test_activations_are_recomputed_where_they_do_not_fit(
     assert ("gradient checkpointing is" in capsys.readouterr().err) == decided
 
 
-def measured(remat, usual="none", attention="usual", **seconds) -> Tuned:
+def measured(remat, usual="none", form="usual", **seconds) -> Tuned:
     """What `infer.tune --train 4x64` may have found."""
     lines = (
-        Measured("attention", Choice(attention, "usual")),
+        Measured("attention", Choice(form, "usual")),
         Measured("recomputing", Choice(remat, usual, seconds)),
     )
     return Tuned(training=(Trained(4, 64, *lines),))
@@ -247,7 +247,7 @@ def choose_attention(recipe, folder, devices) -> Recipe:
         ([], KEPT, None, "xla"),
         (["--tuned", "off"], KEPT, None, None),
         ([], measured("none"), None, None),
-        ([], measured("none", attention="xla"), None, "xla"),
+        ([], measured("none", form="xla"), None, "xla"),
         (["--attention", "usual"], KEPT, None, "usual"),
         (["--resume", "auto"], KEPT, {"command": "train"}, None),
         (["--resume", "auto"], None, {"command": "train", "--attention": "xla"}, "xla"),
