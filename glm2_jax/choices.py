@@ -21,6 +21,9 @@ QUANTIZE = ("int8", "int4", "none")
 DEVICES = ("auto", "cpu", "gpu", "tpu")
 KV = ("auto", "int8")  # how a cache stores keys and values
 LAYER_LAYOUTS = ("stacked", "list")  # layers as stacked arrays, or as a list of layers
+# What the backward pass of training recomputes of a layer, from nothing to everything: "products"
+# recomputes what lies between products, "attention" also the MLP's.
+REMAT = ("none", "products", "attention", "full")
 
 FAMILIES = ("chatglm2", "chatglm3", "codegeex2", "glm4", "glm4-0414", "chatglm", "glm")
 ROPE_KINDS = ("linear", "base")

@@ -42,7 +42,7 @@ NOT_SETTINGS = (
 NO_EFFECT = {
     "model", "source", "revision", "data", "max-bad", "mix-data", "check-data", "print-sample",
     "val-data", "guard-data", "sample-prompts", "output", "checkpoints", "resume", "save-every",
-    "keep", "log-every", "log-jsonl", "plot", "device", "mesh", "tp", "compile-cache",
+    "keep", "log-every", "log-jsonl", "plot", "device", "mesh", "tp", "tuned", "compile-cache",
     "data-cache", "init-adapter", "force-adapter", "stop-diverged",
 }  # fmt: skip
 
@@ -64,6 +64,7 @@ class Recipe:
     # folder of compiled programs, or "off"; None = in the user's cache folder
     compile_cache: str | None
     preference: PreferenceOptions | None = None  # None = the loss of the answers
+    tuned: str = "auto"  # measured forms: "auto", "off" or a file, see `EngineOptions`
 
     def settings(self) -> dict[str, Any]:
         """Return all settings by the names of their flags: a file of them repeats the run."""
@@ -75,7 +76,8 @@ class Recipe:
             **(vars(self.adapter) if self.adapter else {}),
             **(vars(self.preference) if self.preference else {}), **vars(self.training),
             "dtype": choice.dtype, "device": choice.device, "mesh": choice.mesh,
-            "compile-cache": self.compile_cache, **vars(self.evaluation), **vars(self.output),
+            "tuned": self.tuned, "compile-cache": self.compile_cache, **vars(self.evaluation),
+            **vars(self.output),
         }  # fmt: skip
         return {name.replace("_", "-"): x for name, x in found.items() if x is not None}
 

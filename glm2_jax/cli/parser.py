@@ -31,6 +31,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
             usage = " ".join((self._prog.replace("%", "%%"), "[flags]", *words))
         super().add_usage(usage, actions, groups, prefix)
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """As argparse does, but the spelling --no-X of a flag takes no value."""
+        return re.sub(r"(--no-\S+) \[\S+\]", r"\1", super()._format_action_invocation(action))
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
             return action.help

@@ -90,6 +90,14 @@ def faster_layers(platform: str, *, on_mesh: bool = False, rows: int = 1, slots:
     return "list" if platform == "cpu" or (platform == "gpu" and copies) else "stacked"
 
 
+def layers_to_train(platform: str, remat: str, *, on_mesh: bool = False) -> str:
+    """Return the layout of a frozen base that trains faster, "stacked" or "list", for one of
+    `choices.REMAT`."""
+    # XLA:CPU moves the recomputing of a list of layers to where all of it is kept.
+    recomputing = platform == "cpu" and remat != "none"
+    return "stacked" if recomputing else faster_layers(platform, on_mesh=on_mesh)
+
+
 @contextlib.contextmanager
 def device_errors(
     doing: str, explain: Callable[[], Shortage | None] = lambda: None

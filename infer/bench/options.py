@@ -80,7 +80,7 @@ class Settings:
         "measure the limits of the device, and print the shares of them that are reached",
         action=argparse.BooleanOptionalAction, default=True,
     )  # fmt: skip
-    tuned: str = "off"  # whether forms are used that were measured; training has one for each
+    tuned: str = "off"  # whether forms of a step are used that were measured; training has others
     kv: str = "auto"  # how caches store keys and values; training has none
 
 

@@ -40,7 +40,7 @@ def test_operations_are_those_of_the_program():
     rows = make_batch([[([5] * 16, [True] * 16)]] * 2, 16)
     batch = jax.tree.map(lambda x: x[None], rows)
     optimizer = make_optimizer(1e-3)
-    step = jax.jit(lambda *args: train_step(wide, optimizer, *args, remat=False))
+    step = jax.jit(lambda *args: train_step(wide, optimizer, *args, remat="none"))
     state = init_state(optimizer, lora)
     lowered = step.lower(toy_params(wide), lora, state, batch, jax.random.key(0), 0)
     counted = lowered.compile(compiler_options=compiler_options("cpu")).cost_analysis()["flops"]
