@@ -46,9 +46,6 @@ ELSEWHERE = {
     "python -m convert.to_peft ADAPTER ADAPTER_GLM --layout glm --base BASE": ("tests", "to_peft"),
     "python -m train.lora --data examples/facts.jsonl --config demo"
     " --output adapter": (".ci/run", "python -m train.lora --data examples/facts.jsonl"),
-    "python -m train.lora --data examples/facts.jsonl --config demo --output adapter": (
-        ".ci/run", "python -m train.lora --data examples/facts.jsonl"
-    ),
     "python -m infer.evaluate --task cases --cases examples/cases/facts.yml --adapter adapter": (
         ".ci/run", "--cases examples/cases/facts.yml --adapter"
     ),
