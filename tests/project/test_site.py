@@ -16,18 +16,14 @@ import pytest
 from glm2_jax.cli.main import run_main
 from infer.generate.__main__ import main as generate
 from tests.support.checkpoints import write_official, write_quantized
+from tests.support.pages import blocks
 from tests.support.paths import ROOT
 
-DOCS = ROOT / "docs"
 MODELS = ("chatglm-6b", "chatglm2-6b", "chatglm3-6b-128k", "glm-4-9b-chat", "glm-4-32b-0414")
 
 
 def page(name: str) -> str:
-    return (DOCS / name).read_text(encoding="utf-8")
-
-
-def blocks(name: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", page(name), re.DOTALL | re.MULTILINE)
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
 def run(argv: list[str]) -> tuple[int, str, str]:
@@ -59,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-FAILURES = blocks("start/faq.md", "console")
+FAILURES = blocks("docs/start/faq.md", "console")
 
 
 @pytest.mark.parametrize("shown", FAILURES, ids=lambda shown: shown.partition("\n")[0][-40:])
@@ -75,7 +71,9 @@ def test_messages_of_the_questions(shown, folder, monkeypatch):
 
 def test_which_form_fits_which_card():
     """The table of docs/use/models.md: the longest contexts in 16 bits, int8 and int4."""
-    rows = re.findall(r"^\| [^|]*\(`([\w-]+)`\) \| (.*) \|$", page("use/models.md"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| [^|]*\(`([\w-]+)`\) \| (.*) \|$", page("docs/use/models.md"), re.MULTILINE
+    )
     assert len(rows) >= 6
     for device, cells in rows:
         for model, cell in zip(MODELS, cells.split(" | "), strict=True):
@@ -88,8 +86,8 @@ def test_which_form_fits_which_card():
 def sessions() -> list[tuple[str, str, list[tuple[str, str]]]]:
     """The debugging sessions: (command, script, [(what is typed, what comes)])."""
     found = []
-    scripts = blocks("learn/debugging.md", "python")
-    for script, shown in zip(scripts, blocks("learn/debugging.md", "console"), strict=True):
+    scripts = blocks("docs/learn/debugging.md", "python")
+    for script, shown in zip(scripts, blocks("docs/learn/debugging.md", "console"), strict=True):
         command, _, rest = shown.partition("\n")
         typed = [("", *part.split("\n", 1)) for part in rest.split("(Pdb) ")]
         found.append((command.removeprefix("$ "), script, [part[1:] for part in typed]))
@@ -122,7 +120,7 @@ def test_debugging_session(session, tmp_path):
 def test_places_to_change_exist():
     """The table of docs/learn/debugging.md."""
     rows = re.findall(
-        r"^\| [^|]+ \| (`[^|]*\.py`) \| (`[^|]*`) \|$", page("learn/debugging.md"), re.M
+        r"^\| [^|]+ \| (`[^|]*\.py`) \| (`[^|]*`) \|$", page("docs/learn/debugging.md"), re.M
     )
     assert len(rows) > 12
     for files, names in rows:
