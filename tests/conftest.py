@@ -58,6 +58,7 @@ SLOW = {
     "train/test_train_bench", "train/test_train_memory",
     "train/test_train_peft", "train/test_train_run",
     "train/test_train_step", "train/test_training_tpu",
+    "project/test_site",
 }  # fmt: skip
 
 
