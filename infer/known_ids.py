@@ -72,6 +72,7 @@ _KNOWN = {  # by family: the pieces of its tokenizer, the size of the vocabulary
     "chatglm": (130344, 130528, CHATGLM),
     "glm": (50000, 50048, GLM),
 }
+_UNKNOWN = 0, 0, Tokens("unknown", {})
 
 
 def is_demo(config: GLMConfig, tokenizer: Tokenizer) -> bool:
@@ -82,7 +83,7 @@ def is_demo(config: GLMConfig, tokenizer: Tokenizer) -> bool:
 def known_tokens(config: GLMConfig, tokenizer: Tokenizer) -> Tokens | None:
     """Return what the tokenizer should give: by its size, not its checksum, as a damaged file must
     fail."""
-    pieces, _, tokens = _KNOWN[config.family]
+    pieces, _, tokens = _KNOWN.get(config.family, _UNKNOWN)
     if tokenizer.num_pieces == pieces:
         return tokens
     return DEMO if is_demo(config, tokenizer) else None
@@ -91,5 +92,5 @@ def known_tokens(config: GLMConfig, tokenizer: Tokenizer) -> Tokens | None:
 def greeting_ids(config: GLMConfig, template: str) -> list[int] | None:
     """Return the ids of HELLO in a template, by the tokenizer that a family was published with;
     None where they are not known, or the vocabulary has another size."""
-    _, size, tokens = _KNOWN[config.family]
+    _, size, tokens = _KNOWN.get(config.family, _UNKNOWN)
     return tokens.prompts.get((template, HELLO)) if config.vocab_size == size else None
