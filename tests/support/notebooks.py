@@ -33,7 +33,8 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 def execute(notebook: NotebookNode, folder: str | Path) -> None:
     """Run all cells with the folder as working directory; an error of a cell is raised."""
     kernel = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=300, resources=kernel, record_timing=False).execute()
+    options = {"timeout": 300, "record_timing": False, "coalesce_streams": True}
+    NotebookClient(notebook, resources=kernel, **options).execute()
     for cell in code_cells(notebook):
         for output in cell.outputs:
             if output.output_type == "stream":
