@@ -35,30 +35,20 @@ ELSEWHERE = {
     "pip install -e '.[test]'": (".ci/run", "pip install --quiet -e '.[test,clients,lint]'"),
     **{
         f"pip install -e '.[{extra}]'": ("pyproject.toml", f"{extra.split(',')[-1]} = ")
-        for extra in (
-            "cuda", "tpu", "serve", "hub", "plot", "export,gguf", "evaluate", "tpu-compile"
-        )
+        for extra in ("cuda", "tpu", "serve", "hub")
     },
     "python -m convert.merge_lora BASE ADAPTER MERGED": ("tests", "merge_lora"),
-    "python -m convert.to_peft ADAPTER ADAPTER_GLM --layout glm --base BASE": ("tests", "to_peft"),
     "python -m train.lora --data examples/facts.jsonl --config examples/recipes/demo.yml"
     " --output adapter": (".ci/run", "python -m train.lora --data examples/facts.jsonl"),
     "python -m train.lora --data data.jsonl --check-data": ("tests", '"--check-data"'),
     "python -m train.lora --data data.jsonl --model FOLDER --output adapter --resume auto": (
         "tests", '"-m", "train.lora"',
     ),
-    "python -m train.full --data data.jsonl --model FOLDER --output trained": (
-        "tests", "full.main(",
-    ),
-    "python -m infer.launch --num-processes 2 -- python -m train.lora --data data.jsonl"
-    " --output adapter --mesh data=2": ("tests", '"infer.launch"'),
     "python -m infer.generate --model THUDM/chatglm2-6b --source hf --prompt 你好": (
         "tests", "test_commands_and_the_engine_take_names",  # against a server of our own
     ),
     **{command: ("tests", "test_the_commands_of_the_readme") for command in SERVING},
     "python -m pytest": (".ci/run", "python -m pytest"),
-    "bash .ci/run": (".ci/run", "set -euo pipefail"),
-    "python -m train.demo": ("tests", "train.demo"),
 }  # fmt: skip
 
 
@@ -99,7 +89,6 @@ def shell(command: str, folder: Path, **environment: str) -> subprocess.Complete
 def folder(tmp_path_factory) -> Path:
     """Where all commands run: they share what they compile, and find what those before wrote."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "questions.jsonl").write_text(blocks("README.md", "json")[0], encoding="utf-8")
     write_official(folder / "FOLDER")
     (folder / "examples").symlink_to(ROOT / "examples")
     return folder
@@ -142,7 +131,7 @@ def run(command: str) -> int | None:
 
 def test_both_languages_show_the_same():
     assert commands("README.md") == commands("README_zh.md")
-    for language in ("console", "json"):
+    for language in ("console", "jsonl"):
         assert blocks("README.md", language) == blocks("README_zh.md", language)
     examples = [re.sub(r"  #.*", "", blocks(name, "python")[0]) for name in READMES]
     assert examples[0] == examples[1]  # but for the comments
