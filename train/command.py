@@ -68,7 +68,23 @@ def make_parser(
     if preference is not None:
         add_flags(result, "preference", preference)
     add_flags(result, "training", TrainingOptions, **others)
-    group = result.add_argument_group("performance")
+    _add_performance_options(result)
+    add_flags(result, "evaluation", EvaluationOptions, **others)
+    add_flags(result, "output", OutputOptions, output={"default": output})
+    join.add_host_options(result)
+    result.add_argument_group("memory plan").add_argument(
+        "--dry-run", action=_DryRun, nargs=0, default=False,
+        help="print the memory that the run would take on --device, which need not be here, and "
+        "what fits; --model may also be a published name or a config.json. No weights and no data "
+        "are read. Exit code 5 if nothing fits",
+    )  # fmt: skip
+    result.add_common()
+    return result
+
+
+def _add_performance_options(parser: Parser) -> None:
+    """Add the flags that say where and in which dtype the model is computed."""
+    group = parser.add_argument_group("performance")
     dtype = {
         "help": "compute in this dtype, one of %(choices)s; auto = bfloat16 on TPU and GPUs that "
         "support it, float16 with loss scaling on older GPUs, float32 on CPU where it fits"
@@ -86,17 +102,6 @@ def make_parser(
         "infer.tune"
     }
     add_flags(group, None, EngineOptions, ("tuned", "compile_cache"), tuned=tuned)
-    add_flags(result, "evaluation", EvaluationOptions, **others)
-    add_flags(result, "output", OutputOptions, output={"default": output})
-    join.add_host_options(result)
-    result.add_argument_group("memory plan").add_argument(
-        "--dry-run", action=_DryRun, nargs=0, default=False,
-        help="print the memory that the run would take on --device, which need not be here, and "
-        "what fits; --model may also be a published name or a config.json. No weights and no data "
-        "are read. Exit code 5 if nothing fits",
-    )  # fmt: skip
-    result.add_common()
-    return result
 
 
 class _DryRun(argparse.Action):
