@@ -263,8 +263,7 @@ def train_step(
         batch: arrays [A, B, T].
         key, number: of the run, and of the step from 0; randomness depends on them alone.
         numbers: optimizer, noise on the embeddings and scale of a LoRA adapter as arrays.
-        dtype: that all parameters are computed in; None = their own.
-        remat: what the backward pass recomputes, one of `choices.REMAT`.
+        dtype, remat: that all parameters are computed in, None = their own; of `choices.REMAT`.
         effective: makes the adapter, or the prefix, from `trained`; None = it is the adapter.
         objective: what the step lowers.
     """
