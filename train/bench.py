@@ -15,7 +15,7 @@ from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.parser import Parser, flag, from_flags
 from infer.bench import options
-from train.options import remat_flag
+from train.options import TUNED, remat_flag
 
 if TYPE_CHECKING:
     from glm2_jax import GLMConfig, LoRA
@@ -51,9 +51,7 @@ class Settings(options.Settings):
     target: str = flag("matrices to adapt, see train.lora", default="attn", metavar="NAMES")
     grad_checkpoint: str | None = remat_flag("as train.lora chooses")
     measured: str = flag(
-        "what --grad-checkpoint and the form of attention are without a flag: auto = as "
-        "infer.tune measured on this device, nothing is measured now; off = as if nothing were "
-        "measured; or a file of infer.tune",
+        TUNED.replace("--attention", "attention"),
         name="tuned", type=path_argument, default="auto", metavar="auto|off|F",
     )  # fmt: skip
 

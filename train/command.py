@@ -25,6 +25,7 @@ from infer.memory.cards import CARDS, MESHES
 from train.data.options import DataOptions
 from train.options import (
     RATE,
+    TUNED,
     EvaluationOptions,
     OutputOptions,
     TrainingOptions,
@@ -96,12 +97,7 @@ def _add_performance_options(parser: Parser) -> None:
     }  # fmt: skip
     add_flags(group, None, ModelChoice, ("dtype", "device"), dtype=dtype, device=device)
     add_mesh_options(group)
-    tuned = {
-        "help": "default of --attention and --grad-checkpoint: auto = as infer.tune measured on "
-        "this device, nothing is measured now; off = as if nothing were measured; or a file of "
-        "infer.tune"
-    }
-    add_flags(group, None, EngineOptions, ("tuned", "compile_cache"), tuned=tuned)
+    add_flags(group, None, EngineOptions, ("tuned", "compile_cache"), tuned={"help": TUNED})
 
 
 class _DryRun(argparse.Action):

@@ -20,6 +20,11 @@ RATE = (
     "highest learning rate (default: {:g} at a hidden size of 4096, and in inverse proportion to "
     "it)"
 )
+TUNED = (
+    "what --grad-checkpoint and --attention are without a flag: auto = as infer.tune measured on "
+    "this device, nothing is measured now; off = as if nothing were measured; or a file of "
+    "infer.tune"
+)
 _count = partial(flag, type=positive, metavar="N")
 _number = partial(flag, type=number, metavar="X")
 _file = partial(flag, type=path_argument, metavar="FILE")

@@ -254,16 +254,16 @@ def train_step(
     objective: Objective = CROSS_ENTROPY,
 ) -> tuple[Any, State, Metrics]:
     """Take one optimizer step; return the new `trained`, the next state, and figures for the log.
-    Where loss or gradient is not finite, only loss scale and count of such steps change.
+    Where loss or gradient is not finite, only the loss scale and the count of such steps change.
 
     Args:
+        optimizer: None = the one of `numbers`.
         base: frozen parameters, quantized or not; None = all parameters are trained.
         trained: an adapter for `base`, or all parameters; float32.
         batch: arrays [A, B, T].
         key, number: of the run, and of the step from 0; randomness depends on them alone.
-        numbers: arrays: the optimizer's in place of `optimizer`, noise, and scale of LoRA.
-        dtype: that all parameters are computed in; None = their own.
-        remat: what the backward pass recomputes, one of `choices.REMAT`.
+        numbers: optimizer, noise on the embeddings and scale of a LoRA adapter as arrays.
+        dtype, remat: that all parameters are computed in, None = their own; of `choices.REMAT`.
         effective: makes the adapter, or the prefix, from `trained`; None = it is the adapter.
         objective: what the step lowers.
     """

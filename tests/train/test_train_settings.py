@@ -49,6 +49,30 @@ def test_flags_take_precedence_over_the_file(read):
     assert read("data: a\ntp: 4\n").mesh == "tensor=4"
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "chosen"),
+    [
+        ("", [], None),
+        ("", ["--grad-checkpoint"], "full"),
+        ("", ["--grad-checkpoint", "products"], "products"),
+        ("grad-checkpoint: true\n", [], "full"),
+        ("grad-checkpoint: attention\n", [], "attention"),
+        ("grad-checkpoint: attention\n", ["--no-grad-checkpoint"], "none"),
+    ],
+)
+def test_gradient_checkpointing_is_a_flag_with_or_without_a_value(text, flags, chosen, read):
+    assert read(text + "data: a\n", *flags).grad_checkpoint == chosen
+
+
+@pytest.mark.parametrize(
+    "flags", [["--grad-checkpoint", "some"], ["--no-grad-checkpoint", "products"]]
+)
+def test_a_wrong_value_of_gradient_checkpointing_is_named(flags, read, capsys):
+    with pytest.raises(SystemExit):
+        read("data: a\n", *flags)
+    assert flags[1] in capsys.readouterr().err
+
+
 def test_flags_and_defaults_make_a_recipe_that_repeats_the_command(tmp_path):
     given = ["--data", "b=2", "--pack", "--no-grad-checkpoint", "--tp", "2", "--source", "hf",
              "--model", "x/y", "--quantize-base", "int4", "--rope-scaling", "base"]  # fmt: skip

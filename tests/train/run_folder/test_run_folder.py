@@ -51,6 +51,18 @@ def test_a_setting_is_known_of_a_run_that_can_be_resumed_alone(tmp_path):
     assert recorded(tmp_path / "a", "lr") is None
 
 
+@pytest.mark.parametrize(("written", "meant"), [(True, "full"), (False, "none"), ("full", "full")])
+def test_a_run_of_an_earlier_version_can_be_resumed(written, meant, tmp_path):
+    begun(tmp_path)
+    flag = "--grad-checkpoint"
+    (tmp_path / "run.json").write_text(json.dumps(RUN | {flag: written}))
+    assert recorded(tmp_path, flag) == meant
+    with opened(tmp_path, **{flag: meant}):
+        pass
+    with pytest.raises(UsageError, match=f'{flag} was "{meant}" and is "products"'):
+        opened(tmp_path, **{flag: "products"})
+
+
 def test_a_run_is_neither_overwritten_nor_changed(tmp_path):
     with opened(tmp_path / "a", "none", lr=1e30) as folder:  # started over: it has no checkpoint
         folder.begin({"lr": 1e30})
