@@ -61,14 +61,14 @@ ELSEWHERE = {
     "python -m pytest": (".ci/run", "python -m pytest"),
     "bash .ci/run": (".ci/run", "set -euo pipefail"),
     "python -m train.demo": ("tests", "train.demo"),
-    "python -m infer.evaluate --task cases --cases examples/cases/demo.yml": (
-        "tests/infer/evaluate/test_cases.py", "test_the_demo_passes_its_cases"
-    ),
     "python -m infer.lab examples/lab/layer_skip.py --set skip=2 --json": (
         "tests/infer/lab/test_lab.py", '"--set", "skip=1"'
     ),
     "python -m infer.lab examples/lab/*.py --plot lab.png": (
         "tests/infer/lab/test_lab_examples.py", "examples/lab"
+    ),
+    "python -m infer.evaluate --task cases --cases examples/cases/demo.yml": (
+        "tests/infer/evaluate/test_cases.py", "test_the_demo_passes_its_cases"
     ),
     "python examples/sharding/compare.py": (
         "tests/glm2_jax/test_sharding_examples.py", 'example("compare.py"'
