@@ -96,7 +96,7 @@ def _notebook(path: Path) -> str:
         elif cell["cell_type"] == "code":
             parts.append(_fenced(source, "python"))
             parts += [shown for output in cell["outputs"] if (shown := _output(output))]
-    parts.insert(1, f'<a href="{path.name}" download>{path.name}</a>')
+    parts.insert(1, f"[{path.name}]({path.name})")
     return "\n\n".join(parts)
 
 
