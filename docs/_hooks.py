@@ -84,16 +84,19 @@ def _changelog() -> str:
 
 
 def _notebook(path: Path) -> str:
-    """The cells of an executed notebook: text, code, and what it printed or drew."""
-    book = json.loads(path.read_text(encoding="utf-8"))
-    parts = [f'<a href="{path.name}" download>{path.name}</a>']
+    """The cells of an executed notebook: text, code, and what it printed or drew.
+
+    After the first one, which has the title, is a link to the file.
+    """
+    book, parts = json.loads(path.read_text(encoding="utf-8")), []
     for cell in book["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source.removeprefix("# ") if not parts[1:] else source)
+            parts.append(LANGUAGE_LINE.sub("", source, count=1))
         elif cell["cell_type"] == "code":
             parts.append(_fenced(source, "python"))
             parts += [shown for output in cell["outputs"] if (shown := _output(output))]
+    parts.insert(1, f"[{path.name}]({path.name})")
     return "\n\n".join(parts)
 
 

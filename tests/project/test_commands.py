@@ -74,6 +74,9 @@ ELSEWHERE = {
     "python -m infer.lab examples/lab/*.py --plot lab.png": (
         "tests/infer/lab/test_lab_examples.py", "examples/lab"
     ),
+    "python -m infer.evaluate --task cases --cases examples/cases/demo.yml": (
+        "tests/infer/evaluate/test_cases.py", "test_the_demo_passes_its_cases"
+    ),
     "python examples/sharding/compare.py": (
         "tests/glm2_jax/test_sharding_examples.py", 'example("compare.py"'
     ),
