@@ -167,18 +167,26 @@ def _caught(work) -> tuple[int, str, str]:
 
 
 def run(command: str) -> int | None:
+    """Run a command; ours reads what a plain program before it prints: `echo 你好 | ...`."""
     typed, _, ours = command.rpartition("| ")
     found = module_and_words(ours)
+    others = typed or "echo 你好" if found else command
+    first = others.split()[0]
+    assert first in PLAIN, f"{SHOWN[command]}: no test runs {first}: name one in ELSEWHERE"
+    process = subprocess.run(others, shell=True, capture_output=True)
     if not found:
-        first = command.split()[0]
-        assert first in PLAIN, f"{SHOWN[command]}: no test runs {first}: name one in ELSEWHERE"
-        process = subprocess.run(command, shell=True, capture_output=True, text=True)
-        print(process.stdout or command)
+        print(process.stdout.decode() or command)
         return process.returncode
-    text = subprocess.run(typed or "echo 你好", shell=True, capture_output=True).stdout
-    sys.stdin = io.TextIOWrapper(io.BytesIO(text), encoding="utf-8")
+    sys.stdin = io.TextIOWrapper(io.BytesIO(process.stdout), encoding="utf-8")
     module, words = found
     return main_of(module).main(words)
+
+
+def test_a_command_that_no_test_runs_is_named(monkeypatch):
+    for command in ("docker ps", "curl localhost | python -m infer.generate --prompt -"):
+        monkeypatch.setitem(SHOWN, command, "docs/page.md")
+        with pytest.raises(AssertionError, match="docs/page.md: no test runs (docker|curl)"):
+            run(command)
 
 
 @pytest.mark.parametrize("command", TOGETHER)
