@@ -22,19 +22,6 @@ OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)\s#]+)\)")  # a link that may
 COPIES = "files"  # where such files are put on the site
 
 
-def on_config(config: MkDocsConfig) -> None:
-    """Leave pages out of the navigation that are not written."""
-    config.nav = [part for part in map(_existing, config.nav or []) if part]
-
-
-def _existing(entry: dict) -> dict | None:
-    ((title, part),) = entry.items()
-    if isinstance(part, str):
-        return entry if (DOCS / part).exists() else None
-    children = [child for child in map(_existing, part) if child]
-    return {title: children} if children else None
-
-
 @event_priority(-200)  # after i18n, which takes every file for one of docs/
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files outside docs/ that pages link to, as text that a browser shows."""
