@@ -62,7 +62,7 @@ _THEIRS = {
 def our_flag(theirs: str, known: Container[str]) -> str | None:
     """Return our flag, one of `known`, for one of another program, with a value where theirs means
     one; None where there is none. Names have hyphens."""
-    if theirs in known:
+    if theirs in known or not theirs.startswith("--"):  # a value
         return None
     name = theirs.removeprefix("--")
     found = (ours for ours, names in _THEIRS.items() if name in names)

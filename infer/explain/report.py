@@ -40,6 +40,7 @@ LENGTH_FROM = {
     "published": ", counted with the published tokenizer", "asked": ", as given",
     "example": ", an example",
 }  # fmt: skip
+_IDS = 100  # of a prompt without its values, at most
 _PROMPT = 20  # columns of a prompt in a line, at most
 _PIECE = 12  # columns of a piece, at most
 _LABEL = 13  # columns before a row of a map
@@ -51,7 +52,8 @@ def render(walk: Walk, values: Values | None, columns: int) -> list[str]:
     walk = replace(walk, model=escape_controls(walk.model), prompt=prompt)
     lines = [*_head(walk)]
     if walk.tokens and values is None:  # which have a table of them
-        lines.append(f"its ids: {', '.join(map(_named, walk.tokens))}")
+        more = ["..."] * (len(walk.tokens) > _IDS)
+        lines.append(f"its ids: {', '.join([*map(_named, walk.tokens[:_IDS]), *more])}")
     lines += ["", *_stages(walk, columns), ""]
     lines += [f"{s.title_en}: {s.note_en}" for s in walk.prefill.stages if s.note_en]
     lines += [COUNTED, "", *_totals(walk)]

@@ -40,6 +40,7 @@ def test_flags_of_other_programs(tool, typed, said, capsys):
 def test_what_only_looks_like_one():
     parser = generate.parser()
     assert parser.parse_args(["--prompt", "learning_rate"]).prompt == "learning_rate"
+    assert parser.parse_args(["--dtype", "fp16", "-p", "bf16"]).dtype == "fp16"
     assert parser.parse_args(["--max_new_tokens", "5"]).max_new_tokens == 5  # it has this one
 
 

@@ -180,6 +180,8 @@ def test_the_report_fits_the_terminal(walk, columns, tables):
     assert sum(line.startswith("  residual add") for line in lines) == 2 * tables
     names = [name for line in lines if line.startswith("device ") for name in line.split()[1:]]
     assert names == [bound.device for bound in walk.bounds]
+    many = replace(walk, tokens=[Token(7, "", "")] * 5000)
+    assert " ".join(report.render(many, None, columns)).count("7,") < 150
     text = " ".join(" ".join(lines).split())
     if columns >= 100:  # the published shapes are next to ours
         assert "queries [1, 17, 32, 128] [17, 1, 32, 128] 16,781,312" in text

@@ -249,7 +249,7 @@ def test_a_bucket_that_cannot_be_used(tmp_path, monkeypatch):
     with pytest.raises(InputError) as caught:
         opened(tmp_path / "out", place="gs://other/run")
     assert caught.value.what == "gs://other/run cannot be used"
-    assert "install gcsfs" in caught.value.why and "extra gcs" in caught.value.fix
+    assert "install gcsfs" in caught.value.why and "Install gcsfs" in caught.value.fix
     with pytest.raises(InputError, match="gs://other/run/state cannot be used"):
         Checkpoints("gs://other/run/state", keep=1)
 
