@@ -2,7 +2,7 @@
 
 Each form computes [M, C] times [R, C], plain or quantized: float32 [M, R]. All are right; which is
 fast depends on the platform, the machine and the shapes. Without a measured choice each platform
-has its usual one. Why they differ, with measurements: docs/benchmarks.md.
+has its usual one. Why they differ, with measurements: docs/reference/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Draws docs/sharding.png: which devices have which part of what, for the 6B model on two meshes.
+"""Draws docs/scale/meshes.png: which devices have which part of what, for the 6B model, two meshes.
 
-    python examples/sharding/picture.py docs/sharding.png
+    python examples/sharding/picture.py docs/scale/meshes.png
 
 Needs matplotlib (the extra `plot`). Nothing is computed: it draws what `glm2_jax.sharding` returns.
 """

@@ -1,4 +1,4 @@
-"""Prints the tables of docs/sharding.md: what limits 2, 8, 64 and 512 devices on paper.
+"""Prints the tables of docs/scale/meshes.md: what limits 2, 8, 64 and 512 devices on paper.
 
     python examples/sharding/plan.py
 

@@ -138,7 +138,7 @@ class CasesOptions:
     """Use cases as tests."""
 
     cases: str | None = flag(
-        "YAML file of prompts with checks of their answers (docs/evaluation.md); exit code 4 if "
+        "YAML file of prompts with checks of their answers (docs/tune/evaluate.md); exit code 4 if "
         "one of them fails",
         type=path_argument, metavar="FILE.yml",
     )  # fmt: skip

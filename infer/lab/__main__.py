@@ -14,7 +14,7 @@ from infer.options import add_performance_options
 PROG = "python -m infer.lab"
 DESCRIPTION = """Measures acceleration ideas on a model, next to the model without them: perplexity
 and distance of the logits on the same prompts, speed, and the bytes of a decode step and of the
-cache. An idea is a Python file with a function `idea`, which is run: see docs/lab.md, and
+cache. An idea is a Python file with a function `idea`, which is run: see docs/learn/lab.md, and
 examples/lab for some. Results go to standard output, everything else to standard error.
 
 Exit codes: 0 success, 2 usage, 3 bad input or data, 4 model or checkpoint, 5 out of memory or

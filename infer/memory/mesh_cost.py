@@ -3,7 +3,7 @@
 All is arithmetic over the shapes that `glm2_jax.sharding` gives a device, at the makers' rates of
 `infer.memory.cards`. Axis letters as in `glm2_jax.model`; here b are the rows of one device.
 
-Collectives of a step, as compiled programs have them (docs/sharding.md):
+Collectives of a step, as compiled programs have them (docs/scale/meshes.md):
   tensor: an all-reduce of [b, T, D] after attention and MLP of each layer and after the embedding,
     and an all-gather of the logits that are drawn from. In the backward pass as many again; if
     blocks are recomputed, one more per layer.

@@ -1,4 +1,4 @@
-"""The examples of docs/sharding.md run, and the page says what they print."""
+"""The examples of docs/scale/meshes.md run, and the page says what they print."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ from infer.memory.cards import LINKS
 from infer.memory.mesh_cost import mesh_cost
 from tests.support.paths import ROOT
 
-PAGE = (ROOT / "docs/sharding.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/scale/meshes.md").read_text(encoding="utf-8")
 
 
 def example(name: str, *args: str) -> str:
@@ -68,14 +68,14 @@ def test_the_model_on_four_devices_holds_and_says_what_its_cost_tells():
 def test_the_page_has_the_tables_of_the_plan():
     for heading, lines in load("plan").tables().items():
         table = "\n".join([f"### {heading}", "", *lines, "", ""])
-        assert table in PAGE, f"docs/sharding.md: {heading}: run examples/sharding/plan.py"
+        assert table in PAGE, f"docs/scale/meshes.md: {heading}: run examples/sharding/plan.py"
 
 
 def test_the_picture_can_be_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     drawn = tmp_path / "sharding.png"
     example("picture.py", str(drawn))
-    known = (ROOT / "docs/sharding.png").read_bytes()
+    known = (ROOT / "docs/scale/meshes.png").read_bytes()
     assert drawn.read_bytes()[:24] == known[:24]  # a PNG of the same size
 
 

@@ -17,9 +17,9 @@ from infer.memory.precision import Precision
 from tests.support.paths import ROOT
 from tests.support.shared_data import shared_path
 
+DOCS = ROOT / "docs/learn"
 PAGES = [
-    (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for name in ("architecture.md", "architecture.zh.md")
+    (DOCS / name).read_text(encoding="utf-8") for name in ("architecture.md", "architecture.zh.md")
 ]
 ENGLISH, CHINESE = PAGES
 CONFIG = PRESETS["chatglm2-6b"]
@@ -65,7 +65,7 @@ def test_every_point_has_its_evidence_and_places_exist(page, kinds):
     page = BLOCK.sub("", page)
     anchors = {re.sub(r"\W", "-", h.lower()) for h in re.findall(r"^#+ (.+)$", page, re.MULTILINE)}
     for target in re.findall(r"\]\(([^)]+)\)", page):
-        found = target[1:] in anchors if target[0] == "#" else (ROOT / "docs" / target).is_file()
+        found = target[1:] in anchors if target[0] == "#" else (DOCS / target).is_file()
         assert found, target
     places = re.findall(r"`((?:glm2_jax|infer|convert|train|tests)/[\w/.]+)`", page)
     assert len(places) > 30
@@ -149,7 +149,7 @@ def test_the_ids_that_are_shown():
 def test_snippets_run(capsys):
     assert len(SNIPPETS) == 3
     for snippet in SNIPPETS:
-        code = compile(snippet, "docs/architecture.md", "exec")
+        code = compile(snippet, "docs/learn/architecture.md", "exec")
         if "temperature" in snippet:  # the others need a model of real size
             exec(code, {})
     shares = capsys.readouterr().out.split()

@@ -1,5 +1,5 @@
-"""What `deploy/` and docs/serving.md say fits the server; nginx and systemd check their files where
-they are installed."""
+"""What `deploy/` and docs/deploy/server.md say fits the server; nginx and systemd check their files
+where they are installed."""
 
 import ast
 import configparser
@@ -31,12 +31,12 @@ from glm2_jax.runtime import compile_cache
 from infer.batching.options import TOKENS_PER_PREFILL, TOKENS_PER_PREFILL_ON_CPU
 from infer.serve import fields, schema
 from infer.serve.options import AddressOptions, RequestOptions, parser
-from tests.project.test_readme import SERVING
+from tests.project.test_commands import SERVING
 from tests.support.paths import ROOT
 from tests.support.serve import serving
 
 DEPLOY = ROOT / "deploy"
-PAGES = [(ROOT / "docs" / name).read_text("utf-8") for name in ("serving.md", "serving.zh.md")]
+PAGES = [(ROOT / "docs/deploy" / name).read_text("utf-8") for name in ("server.md", "server.zh.md")]
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
 SERVICES = tuple(COMPOSE["services"].values())
 NGINX = (DEPLOY / "nginx.conf").read_text("utf-8")

@@ -236,7 +236,7 @@ def test_glm_4_of_transformers_comes_and_goes_back(tmp_path, kind, shape):
 
 
 def test_the_example_of_the_docs(tmp_path, capsys):
-    text = (ROOT / "docs/interchange.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/deploy/interchange.md").read_text(encoding="utf-8")
     save(tmp_path / "own")
     native = export(tmp_path / "own", tmp_path / "glm")
     exec(text.partition("```python\n")[2].partition("```")[0], {"DST": str(native)})
@@ -253,7 +253,7 @@ def test_the_recipe_for_glm_4(tmp_path, monkeypatch, name):
     small = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_heads": 4}
     config = dataclasses.replace(PRESETS[name], head_dim=8, **small, **ids)
     write_random(tmp_path / name, config.to_hf(), tmp_path / "ranks", dtype="float32")
-    text = (ROOT / "docs/interchange.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/deploy/interchange.md").read_text(encoding="utf-8")
     recipe = text.partition("### GLM-4-9B and GLM-4-0414")[2].partition("\n### ")[0]
     commands = re.findall(r"^python -m (convert\S+) (.+)$", recipe, re.MULTILINE)
     assert [module for module, _ in commands] == ["convert.to_pytorch", "convert.to_gguf"]

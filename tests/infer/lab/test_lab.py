@@ -224,7 +224,7 @@ def test_the_line_of_an_idea_that_fails_is_named(how, line, words, tmp_path):
 
 
 def test_the_page_shows_every_idea_and_commands_that_exist():
-    page = (ROOT / "docs" / "lab.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/learn/lab.md").read_text(encoding="utf-8")
     commands = re.findall(r"^python -m infer\.lab (.*)$", page, re.MULTILINE)
     assert len(commands) >= 3
     for command in commands:
@@ -240,7 +240,7 @@ def test_the_page_shows_every_idea_and_commands_that_exist():
 
 @pytest.mark.parametrize("name", ["lab.md", "lab.zh.md"])
 def test_the_idea_on_the_page_is_the_one_it_says(name, tmp_path):
-    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    page = (ROOT / "docs/learn" / name).read_text(encoding="utf-8")
     text = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[0]
     path = tmp_path / "first_layers.py"
     path.write_text(text, encoding="utf-8")
