@@ -83,8 +83,8 @@ def _plans(
     budget: Budget,
     mesh: Sizes | None,
 ) -> list[TrainingPlan]:
-    """Return a plan for every precision and way of the backward pass that the flags leave open, the
-    preferred one first."""
+    """Return a plan for every precision that the flags leave open, keeping and recomputing all
+    activations if they leave that open, the preferred one first."""
     choice, training = recipe.choice, recipe.training
     scheme = asked_scheme(choice.quantize, False, stored=stored, model=name)
     if recipe.adapter is None:

@@ -10,7 +10,7 @@ import pytest
 from convert.loading.folder import open_folder
 from glm2_jax import PRESETS
 from glm2_jax.choices import REMAT
-from glm2_jax.errors import UsageError
+from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.forms import Attention, Forms
 from infer.engine.load import demo_folder
 from infer.memory.budget import SPARE, Budget
@@ -271,6 +271,15 @@ def test_attention_is_as_measured_and_stays_as_a_run_began(
     assert ("form xla, as measured" in capsys.readouterr().err) == (chosen == "xla")
     config = attention.with_attention(DEMO, found)
     assert (config.forms == Forms()) == (chosen in (None, "usual"))
+
+
+def test_on_a_mesh_nothing_counts_that_another_process_may_not_have():
+    recipe = lora.make_recipe(parse(lora.parser(), ["--data", "d", "--tuned", "missing.json"]))
+    mesh: Any = object()
+    folder = open_folder(demo_folder())
+    assert remat.find_tuned(recipe, folder, Devices(device("cpu"), mesh)) == Tuned()
+    with pytest.raises(CheckpointError, match=r"missing.json holds no choice of forms"):
+        remat.find_tuned(recipe, folder, Devices(device("cpu")))
 
 
 def test_a_form_of_attention_of_another_device_is_refused():

@@ -13,7 +13,7 @@ from glm2_jax.errors import UsageError
 from glm2_jax.forms import Forms
 from infer import tune
 from infer.memory.precision import Precision
-from infer.tuning import store, training
+from infer.tuning import automatic, store, training
 from infer.tuning.automatic import stored
 from infer.tuning.choose import Choice
 from infer.tuning.kept import kept_lines
@@ -155,6 +155,17 @@ def test_the_command_keeps_what_training_needs_with_the_rest(command, capsys, tm
     assert [line["what"] for line in lines[-2:]] == [
         "training 1 x 8: attention", "training 1 x 8: recomputing",
     ]  # fmt: skip
+
+
+def test_measuring_for_answers_keeps_what_was_measured_for_training(monkeypatch, tmp_path):
+    monkeypatch.setenv(store.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(automatic, "_SMALL", 0)
+    monkeypatch.setattr(automatic, "load_average", lambda: 0.0)
+    monkeypatch.setattr(automatic, "tune", lambda *args, **options: Tuned(Forms(chunk=8), (1,)))
+    store.keep(store.key_of(TOY, FLOAT32, CPU), Tuned(training=(trained(2, 32),)))
+    found = automatic.known(TOY, FLOAT32, [1], CPU, "list", lambda line: None)
+    assert found == Tuned(Forms(chunk=8), (1,), training=(trained(2, 32),))
+    assert stored("auto", TOY, FLOAT32, CPU) == found
 
 
 @pytest.mark.parametrize("text", ["4", "4x", "0x8", "4x8x2", "x", "4*8"])
