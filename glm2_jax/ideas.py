@@ -3,7 +3,8 @@ notes of its cached keys, and how tokens are drafted.
 
 An idea is a part of the configuration, as `glm2_jax.forms` is: another idea is another program, and
 the programs without one are the same to the letter. It is never written to a file of a model. How
-to write one, and what some cost and buy: docs/learn/lab.md. Nothing here imports jax before it is used.
+to write one, and what some cost and buy: docs/learn/lab.md. Nothing here imports jax before it is
+used.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ SLOW = {
     "infer/serve/test_completions", "infer/serve/test_lm_eval", "infer/serve/test_openapi",
     "infer/serve/test_run", "project/test_demo", "project/test_deploy",
     "project/test_device",
-    "project/test_readme",
+    "project/test_commands",
     "train/test_mesh_training", "train/test_sweep",
     "train/test_train_bench", "train/test_train_memory",
     "train/test_train_peft", "train/test_train_run",

@@ -1,4 +1,4 @@
-"""Draws docs/scale/meshes.png: which devices have which part of what, for the 6B model on two meshes.
+"""Draws docs/scale/meshes.png: which devices have which part of what, for the 6B model, two meshes.
 
     python examples/sharding/picture.py docs/scale/meshes.png
 

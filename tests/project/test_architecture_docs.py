@@ -19,8 +19,7 @@ from tests.support.shared_data import shared_path
 
 DOCS = ROOT / "docs/learn"
 PAGES = [
-    (DOCS / name).read_text(encoding="utf-8")
-    for name in ("architecture.md", "architecture.zh.md")
+    (DOCS / name).read_text(encoding="utf-8") for name in ("architecture.md", "architecture.zh.md")
 ]
 ENGLISH, CHINESE = PAGES
 CONFIG = PRESETS["chatglm2-6b"]

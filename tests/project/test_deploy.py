@@ -1,5 +1,5 @@
-"""What `deploy/` and docs/deploy/server.md say fits the server; nginx and systemd check their files where
-they are installed."""
+"""What `deploy/` and docs/deploy/server.md say fits the server; nginx and systemd check their files
+where they are installed."""
 
 import ast
 import configparser
@@ -31,7 +31,7 @@ from glm2_jax.runtime import compile_cache
 from infer.batching.options import TOKENS_PER_PREFILL, TOKENS_PER_PREFILL_ON_CPU
 from infer.serve import fields, schema
 from infer.serve.options import AddressOptions, RequestOptions, parser
-from tests.project.test_readme import SERVING
+from tests.project.test_commands import SERVING
 from tests.support.paths import ROOT
 from tests.support.serve import serving
 

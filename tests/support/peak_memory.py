@@ -1,4 +1,4 @@
-"""Runs a command and prints its wall time and its peak of anonymous memory, for docs/reference/benchmarks.md.
+"""Runs a command and prints its time and its peak of anonymous memory, for the page of benchmarks.
 
     python -m tests.support.peak_memory python -m infer.generate --model FOLDER --prompt 你好
 
