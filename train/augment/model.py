@@ -48,7 +48,9 @@ def _ask(
     engine: Engine, prompts: tuple[str, str], texts: Sequence[str], sampling: SamplingParams,
     batch: int,
 ) -> list[Written]:  # fmt: skip
-    found, asked, ids = [Written("", "empty")] * len(texts), [], []
+    found = [Written("", "empty")] * len(texts)
+    asked: list[int] = []
+    ids: list[list[int]] = []
     for number, text in enumerate(texts):
         if not text:
             continue

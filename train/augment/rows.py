@@ -30,7 +30,6 @@ _LISTS = {  # the keys of lists of messages
     PREFERENCE: ("conversations", "messages", "prompt", "chosen", "rejected"),
 }  # fmt: skip
 _USER = ("user", "human")
-_NO_QUESTION = InputError("a plain text has no question", "the texts of users are augmented")
 
 
 class Row(NamedTuple):
@@ -47,19 +46,18 @@ def read_row(where: str, value: Any, fmt: str = "auto") -> Row:
 
     `fmt` is one of `glm2_jax.datasets.FORMATS`, "preference", or "auto": by its keys.
     """
-    if isinstance(value, str):
-        raise _NO_QUESTION
-    if not isinstance(value, dict):
+    fields = {TEXT: value} if isinstance(value, str) else value
+    if not isinstance(fields, dict):
         raise InputError("not a JSON object", "write {...} with a value for each key")
-    found = (PREFERENCE if is_pair(value) else detect(value)) if fmt == "auto" else fmt
-    if found is None and TEXT in value:
-        raise _NO_QUESTION
+    found = (PREFERENCE if is_pair(fields) else detect(fields)) if fmt == "auto" else fmt
+    if found is None and TEXT in fields:
+        raise InputError("a plain text has no question", "the texts of users are augmented")
     if found is None:
-        raise unknown_format(value)
-    read_pair(value) if found == PREFERENCE else read_messages(value, found)
-    texts: list[str] = [holder[key] for holder, key in _places(_opened(value, found), found)]
+        raise unknown_format(fields)
+    read_pair(fields) if found == PREFERENCE else read_messages(fields, found)
+    texts: list[str] = [holder[key] for holder, key in _places(_opened(fields, found), found)]
     checked_text("".join(texts))
-    return Row(where, value, found, list(dict.fromkeys(reversed(texts)))[::-1])
+    return Row(where, fields, found, list(dict.fromkeys(reversed(texts)))[::-1])
 
 
 def origin_of(row: Row) -> dict[str, str]:
@@ -92,7 +90,8 @@ def _opened(fields: Mapping[str, Any], fmt: str) -> dict[str, Any]:
 
 def _places(fields: dict[str, Any], fmt: str) -> list[tuple[Any, Any]]:
     """Return the objects that hold the user's texts, with the keys, the question last."""
-    keys = [key for key in _TEXTS.get(fmt, ()) if isinstance(fields.get(key), str)][:1]
+    texts = [key for key in _TEXTS.get(fmt, ()) if key in fields]
+    keys = [key for key in texts if absent(fields[key]) or isinstance(fields[key], str)][:1]
     found: list[tuple[Any, Any]] = []
     if fmt in _TEXTS and isinstance(history := fields.get("history"), list):
         found += [(turn, 0) for turn in history]

@@ -32,7 +32,11 @@ def normalized(text: str) -> str:
 
 def signature(text: str) -> np.ndarray:
     """Return uint32 [64]: the smallest value of each hash function over the pieces of a text."""
-    normal = normalized(text)
+    return signature_of(normalized(text))
+
+
+def signature_of(normal: str) -> np.ndarray:
+    """Return the signature of a text that is normalized."""
     pieces = {normal[at : at + PIECE] for at in range(max(len(normal) - PIECE + 1, 1))}
     sums = np.array([zlib.crc32(piece.encode()) for piece in pieces], np.uint64)
     values = (sums[:, None] * _FACTORS + _TERMS) >> np.uint64(32)  # multiply-shift, modulo 2**64

@@ -12,7 +12,7 @@ import numpy as np
 from glm2_jax.cli.messages import Progress
 from glm2_jax.datasets import TEXT
 from train.data.dataset import Dataset
-from train.data.duplicates import Dialogues, normalized, repeats, signature
+from train.data.duplicates import Dialogues, normalized, repeats, signature_of
 from train.data.language import language_of, units
 from train.data.scan import hash_origin
 
@@ -80,10 +80,11 @@ def gather(dataset: Dataset) -> Figures:
             messages = dataset.messages(index)
             dialogues.add(messages)
             found.origins[number] = found.origins[number] or hash_origin(dataset.source(index))
-            contents = [message["content"] for message in messages]
-            found.signatures[number] = signature("\n".join(contents))
-            found.texts[number] = _hash(contents)
-            found.questions[number] = _hash([x["content"] for x in messages if x["role"] == "user"])
+            normal = [(x["role"], normalized(x["content"])) for x in messages]
+            texts = [text for _, text in normal]
+            found.signatures[number] = signature_of("".join(texts))
+            found.texts[number] = _hash(texts)
+            found.questions[number] = _hash([text for role, text in normal if role == "user"])
             for role, side in SIDES.items():
                 if text := "\n".join(x["content"] for x in messages if x["role"] == role):
                     found.languages.setdefault(side, Counter())[language_of(text)] += 1
@@ -96,7 +97,7 @@ def gather(dataset: Dataset) -> Figures:
 
 def _hash(texts: list[str]) -> int:
     """Return a hash of texts; 0 of none."""
-    data = "\n".join(map(normalized, texts)).encode("utf-8", "replace")
+    data = "\n".join(texts).encode("utf-8", "replace")
     digest = hashlib.blake2b(data, digest_size=8).digest()
     return int.from_bytes(digest, "little") if texts else 0
 

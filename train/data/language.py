@@ -7,7 +7,9 @@ import re
 CHINESE = r"\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
 _UNIT = re.compile(rf"[{CHINESE}]|[^\W_{CHINESE}]+(?:['’-][^\W_{CHINESE}]+)*")
 _CHINESE = re.compile(rf"[{CHINESE}]")
-_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]+")
+_LETTERS = r"A-Za-z\u00c0-\u024f"
+_LATIN = re.compile(rf"[{_LETTERS}]+(?:['’-][{_LETTERS}]+)*")
+_OTHERS = re.compile(rf"[^\W\d_{_LETTERS}{CHINESE}]+")
 _FENCE = re.compile(r"^ *```", re.MULTILINE)
 # A line that ends like a statement, or begins like one of Python, C, SQL or a shell.
 _CODE = re.compile(
@@ -39,12 +41,12 @@ def language_of(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     if _FENCE.search(text) or sum(bool(_CODE.search(x)) for x in lines) * 2 >= max(len(lines), 1):
         return CODE
-    words = [
-        ZH if has_chinese(word) else EN if _LATIN.fullmatch(word) else OTHER
-        for word in units(text)
-        if not word.isdigit()
-    ]
-    if not words:
+    counts = {
+        ZH: len(_CHINESE.findall(text)),
+        EN: len(_LATIN.findall(text)),
+        OTHER: len(_OTHERS.findall(text)),
+    }
+    name = max(counts, key=counts.__getitem__)
+    if not (total := sum(counts.values())):
         return OTHER
-    name = max((ZH, EN, OTHER), key=words.count)
-    return name if words.count(name) >= _MOST * len(words) else MIXED
+    return name if counts[name] >= _MOST * total else MIXED

@@ -89,8 +89,8 @@ class DataOptions:
     )  # fmt: skip
 
     check_data: bool = flag(
-        "read all rows, report what they hold and what is wrong with them, and stop; exit code 3 "
-        "if there are bad rows",
+        "read all rows, report what they hold, what is wrong with them and what validation shares "
+        "with them, and stop; exit code 3 if there are bad rows",
         action="store_true",
     )
     print_sample: int | None = flag(

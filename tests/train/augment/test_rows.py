@@ -16,6 +16,7 @@ HUMAN = [("human", "U1"), ("gpt", "A1"), ("human", "U2"), ("gpt", "A2")]
 ROWS = {  # a row of each kind, with the user's texts
     "alpaca": (alpaca("Q", "A", input="I", history=[["U1", "A1"]], content="C"), ["U1", "I", "Q"]),
     "blank instruction": (alpaca("", "A", input="I"), ["I"]),
+    "no instruction": (alpaca(None, "A", input="I"), ["I"]),
     "adgen": ({"content": "Q", "summary": "A", "instruction": "other"}, ["Q"]),
     "prompt": ({"prompt": "[1]", "response": "A"}, ["[1]"]),
     "sharegpt": (sharegpt(*HUMAN, system="S"), ["U1", "U2"]),
