@@ -11,8 +11,6 @@ from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.escape import join_lines, json_line
 
-_ROTARY = {"none": "none: learned positions", "both": "two positions, each in half of a head"}
-
 
 def build_parser() -> Parser:
     """Return the parser of the flags."""
@@ -25,7 +23,7 @@ def build_parser() -> Parser:
         example="python -m convert.inspect ./chatglm2-6b",
     )
     parser.add_argument(
-        "path", metavar="PATH", type=path_argument, help="the folder, or OWNER/NAME"
+        "path", metavar="PATH", type=path_argument, help="the folder, OWNER/NAME, or demo"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -58,6 +56,7 @@ def describe(path: str, **form: str | None) -> dict[str, Any]:
         "rope_kind": config.rope_kind,
         "rope_ratio": config.rope_ratio,
         "rotary": config.block.rotary,
+        "rope": config.rope_text,
         "vocabulary": config.vocab_size,
         "tokenizer_pieces": folder.tokenizer.num_pieces,
         "special_tokens": folder.tokenizer.special,
@@ -84,7 +83,6 @@ def as_table(found: dict[str, Any]) -> str:
     from glm2_jax.schemes import SCHEMES, stored_as
 
     scheme = SCHEMES.get(found["quantization"])
-    rope = f"{found['rope_kind']}, ratio {found['rope_ratio']:g}"
     lines = {
         "folder": found["path"],
         "layout": found["layout"],
@@ -92,7 +90,7 @@ def as_table(found: dict[str, Any]) -> str:
         "parameters": f"{found['parameters']:,}",
         "stored dtype": stored_as(found["float_dtype"], scheme),
         "packed as": found["packing"],
-        "rope": _ROTARY.get(found["rotary"]) or (rope if found["rope_ratio"] != 1 else "plain"),
+        "rope": found["rope"],
         "vocabulary": f"{found['vocabulary']} ids, {found['tokenizer_pieces']} pieces",
         "added tokens": len(found["added_tokens"]),
         "layers": found["layers"],

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from convert import options
-from glm2_jax.choices import DEVICES
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.arguments import number, path_argument
+from glm2_jax.cli.arguments import device_argument, number, path_argument
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
@@ -24,7 +23,7 @@ def build_parser() -> Parser:
         example="python -m convert.merge_lora ./chatglm2-6b ./my-adapter ./chatglm2-6b-mine",
     )
     parser.add_argument(
-        "base", metavar="BASE", type=path_argument, help="the model's folder, or OWNER/NAME"
+        "base", metavar="BASE", type=path_argument, help="the model's folder, OWNER/NAME, or demo"
     )
     parser.add_argument(
         "adapter", metavar="ADAPTER", type=path_argument, help="the adapter's folder"
@@ -46,8 +45,8 @@ def build_parser() -> Parser:
         "float16, 1 in bfloat16)",
     )  # fmt: skip
     checking.add_argument(
-        "--device", choices=DEVICES, default="auto",
-        help="where the logits are computed",
+        "--device", type=device_argument, default="auto", metavar="DEVICE",
+        help="where the logits are computed: auto, cpu, gpu, tpu",
     )  # fmt: skip
     checking.add_argument(
         "--skip-check", action="store_true",

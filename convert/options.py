@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def add_places(
     parser: argparse.ArgumentParser,
-    source: str = "the folder to read, or OWNER/NAME",
+    source: str = "the folder to read, OWNER/NAME, or demo",
     destination: str = "the folder to write",
 ) -> None:
     """Add SRC and DST."""

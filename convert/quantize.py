@@ -6,9 +6,8 @@ from functools import partial
 from typing import Any
 
 from convert import options
-from glm2_jax.choices import DEVICES
 from glm2_jax.cli import arguments, interrupt
-from glm2_jax.cli.arguments import above_zero, path_argument, positive
+from glm2_jax.cli.arguments import above_zero, device_argument, path_argument, positive
 from glm2_jax.cli.messages import Progress
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
@@ -27,7 +26,9 @@ def build_parser() -> Parser:
             "first layer that it had not finished if the same command is given again."
         ),
         example="python -m convert.quantize ./chatglm2-6b ./chatglm2-6b-gptq --method gptq "
-        "--calibration text.txt",
+        "--calibration text.txt\n"
+        "  python -m convert.quantize demo ./demo-gptq --group 64 --samples 48 "
+        "--calibration train/demo/pairs.jsonl",
     )
     options.add_places(parser)
     weights = parser.add_argument_group("weights")
@@ -82,8 +83,9 @@ def _add_calibration(parser: Parser) -> None:
         help="gptq: added to the diagonal of the Hessian, as a share of its mean",
     )  # fmt: skip
     text.add_argument(
-        "--device", choices=DEVICES, default="auto", help="where the activations are computed"
-    )
+        "--device", type=device_argument, default="auto", metavar="DEVICE",
+        help="where the activations are computed: auto, cpu, gpu, tpu",
+    )  # fmt: skip
 
 
 def check_flags(args: argparse.Namespace) -> None:

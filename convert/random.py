@@ -19,6 +19,7 @@ from convert import options
 from glm2_jax.choices import STORED_DTYPES
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument, positive, whole
+from glm2_jax.cli.bundled import MODELS, find_bundled
 from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.cli.parser import Parser
 
@@ -59,7 +60,7 @@ def build_parser() -> Parser:
     model.add_argument(
         "--tokenizer", type=path_argument, required=True, metavar="FILE|DIR",
         help="the vocabulary to copy into the folder (for example tokenizer.model), or a folder "
-        "that holds it",
+        "that holds it, or demo",
     )  # fmt: skip
     weights = parser.add_argument_group("weights")
     weights.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed")
@@ -127,7 +128,7 @@ def write_random(
     from glm2_jax.config import GLMConfig
     from glm2_jax.text.tokenizer import SCHEMES, Tokenizer
 
-    config, path = GLMConfig.from_hf(raw), Path(tokenizer_path)
+    config, path = GLMConfig.from_hf(raw), Path(find_bundled(tokenizer_path, MODELS))
     vocabulary = SCHEMES[config.family].file
     path = path / vocabulary if path.is_dir() else path
     tokenizer = Tokenizer.from_file(path, family=config.family)

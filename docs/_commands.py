@@ -4,7 +4,6 @@ import contextlib
 import html
 import importlib
 import importlib.util
-from argparse import SUPPRESS
 from functools import cache
 
 from glm2_jax.cli.commands import COMMANDS
@@ -46,7 +45,7 @@ def _section(name: str, module: str) -> str:
     paragraphs = (parser.description or "").split("\n\n")
     lines += [f"<p>{html.escape(paragraph)}</p>" for paragraph in paragraphs]
     for group in parser._action_groups:
-        actions = [action for action in group._group_actions if action.help != SUPPRESS]
+        actions = [action for action in group._group_actions if action.dest != "help"]
         if not actions:
             continue
         lines += [f'<p class="flags">{html.escape(group.title or "")}</p>', '<dl class="flags">']

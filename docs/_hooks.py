@@ -22,19 +22,6 @@ OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)\s#]+)\)")  # a link that may
 COPIES = "files"  # where such files are put on the site
 
 
-def on_config(config: MkDocsConfig) -> None:
-    """Leave pages out of the navigation that are not written."""
-    config.nav = [part for part in map(_existing, config.nav or []) if part]
-
-
-def _existing(entry: dict) -> dict | None:
-    ((title, part),) = entry.items()
-    if isinstance(part, str):
-        return entry if (DOCS / part).exists() else None
-    children = [child for child in map(_existing, part) if child]
-    return {title: children} if children else None
-
-
 @event_priority(-200)  # after i18n, which takes every file for one of docs/
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files outside docs/ that pages link to, as text that a browser shows."""
@@ -84,16 +71,19 @@ def _changelog() -> str:
 
 
 def _notebook(path: Path) -> str:
-    """The cells of an executed notebook: text, code, and what it printed or drew."""
-    book = json.loads(path.read_text(encoding="utf-8"))
-    parts = [f'<a href="{path.name}" download>{path.name}</a>']
+    """The cells of an executed notebook: text, code, and what it printed or drew.
+
+    After the first one, which has the title, is a link to the file.
+    """
+    book, parts = json.loads(path.read_text(encoding="utf-8")), []
     for cell in book["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source.removeprefix("# ") if not parts[1:] else source)
+            parts.append(LANGUAGE_LINE.sub("", source, count=1))
         elif cell["cell_type"] == "code":
             parts.append(_fenced(source, "python"))
             parts += [shown for output in cell["outputs"] if (shown := _output(output))]
+    parts.insert(1, f"[{path.name}]({path.name})")
     return "\n\n".join(parts)
 
 

@@ -148,6 +148,16 @@ class GLMConfig:
         return MAX_SIZE if self.block.open_ended else self.seq_length
 
     @property
+    def rope_text(self) -> str:
+        """How the model knows positions, for people: "plain" is the rotary base as published."""
+        special = {
+            "none": "none: learned positions",
+            "both": "two positions, each in half of a head",
+        }
+        plain = "plain" if self.rope_ratio == 1 else f"{self.rope_kind}, ratio {self.rope_ratio:g}"
+        return special.get(self.block.rotary, plain)
+
+    @property
     def default_template(self) -> str:
         """The prompt template of the family, one of `choices.TEMPLATES`."""
         return _TEMPLATES.get(self.family, self.family)

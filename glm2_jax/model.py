@@ -37,6 +37,7 @@ from glm2_jax.norms import ACTIVATIONS, norm
 from glm2_jax.parts import Part, parts_of
 from glm2_jax.prefix import Prefix
 from glm2_jax.quant import QTensor, dequantize
+from glm2_jax.remat import keep, saving
 from glm2_jax.rope import apply_rope
 
 Params = Mapping[str, Any]
@@ -121,12 +122,14 @@ class GLMBlock(nn.Module):
         dropout = self.attention_dropout if drops else None
         caches, idea = (k_cache, v_cache), self.config.idea
         drop = dropout, self._dropout_key(context.prefix)
+        q, k, v = keep(q, "q"), keep(k, "k"), keep(v, "v")
         x, k_cache, v_cache = attend_cached(idea, q, k, v, caches, layer, context, *drop)
+        x = keep(x, "attention")
         self.sow("intermediates", "o", x)  # kept only where it is asked for
         added = adapt(lora, "dense", x, self._dropout_key(lora))
         gain = gains(lora, "dense")("b")
         out = project("BTNH,DNH->BTD", x, w["o"], w.get("o_bias"), added("b"), gain)
-        return out, k_cache, v_cache
+        return keep(out, "o"), k_cache, v_cache
 
     def _mlp(self, x: jax.Array, lora: LoRA | None) -> jax.Array:
         w, key = self.weights, self._dropout_key(lora)
@@ -140,6 +143,7 @@ class GLMBlock(nn.Module):
             both = einsum("BTD,CFD->BTCF", x, w["gate_up"], added("b"))
             both = scaled(both, gains(lora, "dense_h_to_4h")("b"))
             both = constrain(biased(both, w.get("gate_up_bias")), "B", None, None, "F")
+            both = keep(both, "gate_up")
             hidden = activation(both).astype(x.dtype)
             added = adapt(lora, "dense_4h_to_h", hidden, *drops)
             out = einsum("BTF,DF->BTD", hidden, w["down"], added("b"))
@@ -164,7 +168,7 @@ class GLM(nn.Module):
 
     config: GLMConfig
     deterministic: bool = True
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self) -> None:
         c = self.config
@@ -182,7 +186,7 @@ class GLM(nn.Module):
     ):
         """Run the stacked layers on [B, T]: ([B, T, D] before the final norm, keys, values)."""
         scanned = nn.scan(
-            nn.remat(run_layer, prevent_cse=False) if self.remat else run_layer,
+            saving(run_layer, self.remat, partial(nn.remat, prevent_cse=False)),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=cast(Any, (0, nn.broadcast, 0)),
@@ -309,7 +313,7 @@ def hidden(
     lora: LoRA | None = None,
     dropout_key: jax.Array | None = None,
     noise: jax.Array | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> jax.Array:
     """Return the hidden states [B, T, D], whose `logits_of` are those of `forward`.
 
@@ -317,7 +321,7 @@ def hidden(
 
     Args:
         noise: [B, T, D], added to the embeddings. The others: as in `forward`.
-        remat: whether the backward pass recomputes each block instead of keeping its activations.
+        remat: what the backward pass recomputes of each block, one of `choices.REMAT`.
     """
     where = positions, segment_ids, None, None, None
     return _hidden(config, params, tokens, where, lora, dropout_key, noise, remat)[0]
@@ -366,7 +370,7 @@ def _hidden(config, params, tokens, where, *more) -> tuple[jax.Array, KVCache | 
         return _run(config, params, tokens, where, *more)
 
 
-def _run(config, params, tokens, where, lora, key=None, noise=None, remat=False):
+def _run(config, params, tokens, where, lora, key=None, noise=None, remat="none"):
     positions, segment_ids, cache, rows, view = where
     lora = params.get("lora") if lora is None else lora
     known = params["final_norm"].dtype, params.get("prefix"), rows, view
@@ -380,7 +384,7 @@ def _run(config, params, tokens, where, lora, key=None, noise=None, remat=False)
     else:
         carry = model.apply(variables, tokens, context, cache, noise, method=GLM.carry)
         step = nn.apply(run_layer, GLMBlock(config, deterministic))
-        step = jax.checkpoint(step) if remat else step
+        step = saving(step, remat)
         if cache is not None and isinstance(tokens, Tracer):
             step = jax.jit(step, inline=True)  # layers of the same shapes are traced once
 

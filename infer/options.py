@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from glm2_jax.choices import DEVICES
-from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.arguments import device_argument, path_argument
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice, add_mesh_options
 from glm2_jax.cli.parser import Parser, add_flags, flag
 from glm2_jax.errors import UsageError
@@ -164,7 +165,8 @@ def add_performance_options(
     layers."""
     group = parser.add_argument_group("performance")
     more = f"; with --dry-run also one of {', '.join(cards)}" if cards else ""
-    device = {"choices": (*DEVICES, *cards), "help": f"device: {', '.join(DEVICES)}{more}"}
+    kind = partial(device_argument, more=tuple(cards))
+    device: Any = {"type": kind, "help": f"device: {', '.join(DEVICES)}{more}"}
     where = "dtype", "quantize", "quantize_embeddings", *("layers",) * layout, "device"
     add_flags(group, None, ModelChoice, where, device=device)
     limits = ("prefill_chunk",) * chunk + ("memory_limit", "tuned", "compile_cache")

@@ -52,12 +52,12 @@ SLOW = {
     "infer/selftest/test_selftest", "infer/serve/test_clients",
     "infer/serve/test_completions", "infer/serve/test_lm_eval", "infer/serve/test_openapi",
     "infer/serve/test_run", "project/test_demo", "project/test_deploy",
-    "project/test_device",
-    "project/test_commands",
+    "project/test_commands", "project/test_device", "project/test_notebooks",
     "train/test_mesh_training", "train/test_sweep",
     "train/test_train_bench", "train/test_train_memory",
     "train/test_train_peft", "train/test_train_run",
     "train/test_train_step", "train/test_training_tpu",
+    "project/test_site",
 }  # fmt: skip
 
 

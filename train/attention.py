@@ -12,18 +12,20 @@ from glm2_jax.attention import candidates
 from glm2_jax.cli.messages import note
 from glm2_jax.errors import UsageError
 from glm2_jax.forms import Attention, Forms
-from infer.tuning import store
+from infer.tuning.measure import USUAL, Tuned
+from train.data.batches import Batches
 from train.devices import Devices
 from train.recipe import Recipe
 from train.remat import precision_of
 from train.run_folder.folder import recorded
 
 FLAG = "--attention"
-USUAL = "usual"
 _TEXT = Attention(512, 512, whole=True)  # a choice counts for any length
 
 
-def choose_attention(recipe: Recipe, folder: Folder, devices: Devices) -> Recipe:
+def choose_attention(
+    recipe: Recipe, folder: Folder, devices: Devices, tuned: Tuned, batches: Batches
+) -> Recipe:
     """Return the recipe with the form of attention decided, and report another than the usual one.
 
     A flag decides, then the run that is resumed, which stays bit-identical, then what was measured
@@ -45,13 +47,19 @@ def choose_attention(recipe: Recipe, folder: Folder, devices: Devices) -> Recipe
     if output.resume == "auto" and recorded(run, "command") is not None:
         found = recorded(run, FLAG)
     else:
-        kept = store.find(store.key_of(folder.config, precision, devices.first))
-        found = None if kept is None else kept.forms.of_attention(_TEXT)
+        found = measured_form(tuned, batches.shape[1], batches.width)
     if found not in known:
         return recipe
     note(f"attention is computed in the form {found}, as measured ({FLAG} {USUAL}: not)")
     training = dataclasses.replace(recipe.training, attention=found)
     return dataclasses.replace(recipe, training=training)
+
+
+def measured_form(tuned: Tuned, rows: int, length: int) -> str | None:
+    """Return the fastest form for a batch as measured in training, else in complete texts at all;
+    None = the usual one."""
+    measured = tuned.trained(rows, length)
+    return tuned.forms.of_attention(_TEXT) if measured is None else measured.form
 
 
 def with_attention(config: GLMConfig, form: str | None) -> GLMConfig:

@@ -5,7 +5,6 @@ Imports at the top need no jax, so that `--help` does not wait for it.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +12,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from glm2_jax.cli import interrupt
+from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.parser import Parser, flag, from_flags
 from infer.bench import options
+from train.options import TUNED, remat_flag
 
 if TYPE_CHECKING:
     from glm2_jax import GLMConfig, LoRA
     from infer.bench.harness import Task
     from infer.bench.report import Report
-    from infer.bench.subject import Variant
+    from infer.bench.subject import Subject, Variant
+    from infer.memory.precision import Precision
 
 PROG = "python -m train.bench"
 DESCRIPTION = """Measures optimizer steps of a LoRA adapter: tokens per second, and the share of
@@ -47,9 +49,10 @@ class Settings(options.Settings):
     length: int = options.count("tokens per row", default=512)
     rank: int = options.count("rank of the adapter", default=8)
     target: str = flag("matrices to adapt, see train.lora", default="attn", metavar="NAMES")
-    grad_checkpoint: bool = flag(
-        "gradient checkpointing: recompute activations in the backward pass",
-        action=argparse.BooleanOptionalAction, default=False,
+    grad_checkpoint: str | None = remat_flag("as train.lora chooses")
+    measured: str = flag(
+        TUNED.replace("--attention", "attention"),
+        name="tuned", type=path_argument, default="auto", metavar="auto|off|F",
     )  # fmt: skip
 
 
@@ -60,8 +63,8 @@ def parser() -> Parser:
         result,
         Settings,
         layout={
-            "help": "layers stacked or in a list (default: by device, as train.lora; with "
-            "--grad-checkpoint stacked)"
+            "help": "layers stacked or in a list (default: by device, as train.lora; on a CPU "
+            "stacked with --grad-checkpoint)"
         },
         steps={"default": 1},
         peer={"choices": ("peft",), "metavar": "peft", "help": PEER},
@@ -77,10 +80,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     from infer.bench import harness
 
     settings = from_flags(Settings, args, **values)
-    if settings.layout is None and settings.grad_checkpoint:
-        settings = replace(settings, layout=("stacked",))
     find_targets(settings.target)
-    return harness.run(settings, partial(_tasks, settings))[1]
+    tasks, layouts = partial(_tasks, settings), partial(_layout, settings)
+    return harness.run(settings, tasks, layouts=layouts)[1]
+
+
+def _layout(settings: Settings, subject: Subject, dtype: str, quantize: str | None) -> str:
+    """Return the layout of the layers for flags of these values, as train.lora has it."""
+    from glm2_jax.runtime.devices import layers_to_train
+
+    precision = subject.precision(dtype, quantize)
+    remat, _ = _chosen(settings, subject.config, precision, subject.device)
+    return layers_to_train(subject.device.platform, remat)
+
+
+def _chosen(
+    settings: Settings, config: GLMConfig, precision: Precision, device: Any
+) -> tuple[str, str | None]:
+    """Return what is recomputed, and the form of attention, as train.lora chooses them."""
+    from infer.memory.shortage import budget_of
+    from infer.tuning.automatic import stored
+    from train.attention import measured_form
+    from train.memory import NewAdapter, TrainingPlan
+    from train.remat import fastest
+
+    tuned = stored(settings.measured, config, precision, device)
+    rows, length = settings.batch_size, settings.length
+    adapter = NewAdapter(settings.rank, settings.target, 0.0)
+    plan = TrainingPlan(config, precision, rows, length, "none", adapter, 1, device.platform)
+    remat = settings.grad_checkpoint or fastest(plan, budget_of(device).memory, tuned)[0]
+    return remat, measured_form(tuned, rows, length)
 
 
 def _tasks(
@@ -89,20 +118,25 @@ def _tasks(
     import jax
 
     from glm2_jax.lora import init_lora
-    from infer.bench.harness import Task
+    from infer.bench.harness import Task, devices_of
     from infer.bench.report import Result
+    from train.attention import with_attention
 
+    remat, form = _chosen(settings, config, variant.precision, devices_of(base)[0])
+    config = with_attention(config, form)
+    variant = replace(variant, forms=config.forms)
     rows, length = settings.batch_size, settings.length
     lora = init_lora(config, jax.random.key(0), rank=settings.rank, targets=settings.target)
     shape = {"batch": rows, "length": length, "steps": settings.steps, "rank": settings.rank}
-    shape["checkpointing"] = settings.grad_checkpoint
+    shape["checkpointing"] = remat != "none"
     flops = work(config, base, lora, rows, length)
-    result = Result(variant, f"step {rows} x {length}", shape, rows * length, None, flops)
-    yield Task(result, lambda: _build(settings, config, base, lora))
+    what = f"step {rows} x {length}{'' if remat == 'none' else f', recomputing {remat}'}"
+    result = Result(variant, what, shape, rows * length, None, flops)
+    yield Task(result, lambda: _build(settings, config, base, lora, remat))
 
 
 def _build(
-    settings: Settings, config: GLMConfig, base: Any, lora: LoRA
+    settings: Settings, config: GLMConfig, base: Any, lora: LoRA, remat: str
 ) -> tuple[Callable[[], float], float]:
     """Compile `--steps` steps; returns what takes them and returns the seconds of one, and the
     seconds of compiling."""
@@ -121,7 +155,7 @@ def _build(
     trained, state = lora, init_state(optimizer, lora)
     rest = batch, jax.random.key(0), np.int32(0)
     start = time.perf_counter()
-    step = make_step(config, optimizer, remat=settings.grad_checkpoint)
+    step = make_step(config, optimizer, remat=remat)
     program = step.lower(base, trained, state, *rest).compile()
     compile_s = time.perf_counter() - start
 

@@ -1,16 +1,16 @@
 """What the commands that train share: flags and start. Imports no jax."""
 
 import argparse
-import difflib
 import math
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from glm2_jax.choices import DEVICES, QUANTIZE
-from glm2_jax.cli.arguments import choose_platform, path_argument
+from glm2_jax.cli.arguments import choose_platform, device_argument, path_argument
+from glm2_jax.cli.bundled import RECIPES
 from glm2_jax.cli.model_choice import (
     EngineOptions,
     ModelChoice,
@@ -25,6 +25,7 @@ from infer.memory.cards import CARDS, MESHES
 from train.data.options import DataOptions
 from train.options import (
     RATE,
+    TUNED,
     EvaluationOptions,
     OutputOptions,
     TrainingOptions,
@@ -53,9 +54,9 @@ def make_parser(
     others: Any = {"lr": {"help": RATE.format(lr)}, **changes}
     result = Parser(prog=prog, description=description, example=example)
     result.add_argument_group("recipe").add_argument(
-        "--config", type=path_argument, metavar="FILE.yml",
-        help="read flags from a YAML file, one per line: `lr: 2e-5`; flags of the command line "
-        "override it",
+        "--config", type=path_argument, metavar="NAME|FILE.yml",
+        help="read flags from a YAML file, one per line: `lr: 2e-5`, or from a bundled recipe, one "
+        f"of {', '.join(RECIPES)}; flags of the command line override it",
     )  # fmt: skip
     add_model_options(result)
     add_flags(result, "data", DataOptions, **others)
@@ -68,19 +69,7 @@ def make_parser(
     if preference is not None:
         add_flags(result, "preference", preference)
     add_flags(result, "training", TrainingOptions, **others)
-    group = result.add_argument_group("performance")
-    dtype = {
-        "help": "compute in this dtype, one of %(choices)s; auto = bfloat16 on TPU and GPUs that "
-        "support it, float16 with loss scaling on older GPUs, float32 on CPU where it fits"
-    }
-    device = {
-        "help": f"device: {', '.join(DEVICES)}; with --dry-run also one of {', '.join(CARDS)}, or "
-        "several, such as v5e-8 or 8xh200",
-        "type": _device, "choices": None,
-    }  # fmt: skip
-    add_flags(group, None, ModelChoice, ("dtype", "device"), dtype=dtype, device=device)
-    add_mesh_options(group)
-    add_flags(group, None, EngineOptions, ("compile_cache",))
+    _add_performance_options(result)
     add_flags(result, "evaluation", EvaluationOptions, **others)
     add_flags(result, "output", OutputOptions, output={"default": output})
     join.add_host_options(result)
@@ -94,6 +83,23 @@ def make_parser(
     return result
 
 
+def _add_performance_options(parser: Parser) -> None:
+    """Add the flags that say where and in which dtype the model is computed."""
+    group = parser.add_argument_group("performance")
+    dtype = {
+        "help": "compute in this dtype, one of %(choices)s; auto = bfloat16 on TPU and GPUs that "
+        "support it, float16 with loss scaling on older GPUs, float32 on CPU where it fits"
+    }
+    device = {
+        "help": f"device: {', '.join(DEVICES)}; with --dry-run also one of {', '.join(CARDS)}, or "
+        "several, such as v5e-8 or 8xh200",
+        "type": partial(device_argument, more=CARDS, pattern=MESHES),
+    }  # fmt: skip
+    add_flags(group, None, ModelChoice, ("dtype", "device"), dtype=dtype, device=device)
+    add_mesh_options(group)
+    add_flags(group, None, EngineOptions, ("tuned", "compile_cache"), tuned={"help": TUNED})
+
+
 class _DryRun(argparse.Action):
     """Stores that nothing is trained, for which no data is needed."""
 
@@ -101,18 +107,6 @@ class _DryRun(argparse.Action):
         setattr(namespace, self.dest, True)
         for action in parser._actions:
             action.required = False
-
-
-def _device(text: str) -> str:
-    """Parse a device, or several that are only planned for, for argparse."""
-    name = text.lower()
-    if name in DEVICES or name in CARDS or re.fullmatch(MESHES, name):
-        return name
-    near = difflib.get_close_matches(name, (*DEVICES, *CARDS), n=1)
-    guess = f" (did you mean {near[0]}?)" if near else ""
-    raise argparse.ArgumentTypeError(
-        f"unknown device {text[:40]!r}{guess}; known: {', '.join((*DEVICES, *CARDS))}"
-    )
 
 
 def start(

@@ -52,14 +52,14 @@ def compile_step(plan: Any, device: Any) -> Any:
     import jax.numpy as jnp
 
     from glm2_jax import compiler_options
+    from glm2_jax.runtime.devices import layers_to_train
     from infer.memory.shares import abstract_params
     from train.data.batch import Batch
-    from train.devices import layers_to_train
     from train.memory import abstract_adapter
     from train.optim import make_optimizer
     from train.step import init_state, train_step
 
-    layers = layers_to_train(device.platform, remat=plan.remat)
+    layers = layers_to_train(device.platform, plan.remat)
     stacked = plan.adapter is None or layers == "stacked"
     base, dtype = abstract_params(plan.config, plan.precision, stacked=stacked), None
     effective = None

@@ -16,7 +16,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from glm2_jax.mesh import partition
-from glm2_jax.runtime.devices import faster_layers
 from glm2_jax.sharding import replicated
 from train.data.batch import Batch
 from train.step import State, init_state
@@ -84,13 +83,6 @@ class Devices:
         """Return how many rows more the mesh divides."""
         assert self.mesh is not None
         return -rows % (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
-
-
-def layers_to_train(platform: str, *, on_mesh: bool = False, remat: bool = False) -> str:
-    """Return the layout of a frozen base that trains faster: "stacked" or "list"."""
-    # XLA:CPU moves the recomputing of a list of layers to where all of it is kept.
-    recomputing = platform == "cpu" and remat
-    return "stacked" if recomputing else faster_layers(platform, on_mesh=on_mesh)
 
 
 def state_sharding(

@@ -26,6 +26,7 @@ from infer.memory.cards import CARDS, MESHES, find_links
 from infer.memory.precision import precisions
 from infer.memory.shares import Sizes, sizes_of
 from infer.startup import find_choice
+from infer.tuning.training import WITHOUT_MEASURING
 from train import compiler
 from train.data.dataset import widest_row
 from train.defaults import MICRO_BATCHES
@@ -82,8 +83,8 @@ def _plans(
     budget: Budget,
     mesh: Sizes | None,
 ) -> list[TrainingPlan]:
-    """Return a plan for every precision and way of the backward pass that the flags leave open, the
-    preferred one first."""
+    """Return a plan for every precision that the flags leave open, keeping and recomputing all
+    activations if they leave that open, the preferred one first."""
     choice, training = recipe.choice, recipe.training
     scheme = asked_scheme(choice.quantize, False, stored=stored, model=name)
     if recipe.adapter is None:
@@ -104,7 +105,7 @@ def _plans(
             adapter_of(recipe), training.grad_accum or MICRO_BATCHES, budget.platform, mesh,
         )
         for precision in chosen
-        for remat in ((False, True) if asked is None else (asked,))
+        for remat in (WITHOUT_MEASURING if asked is None else (asked,))
     ]  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def _render(
     rows = [
         (
             plan.precision.name,
-            "yes" if plan.remat else "no",
+            plan.remat,
             *map(human_size, (plan.weights, plan.state + plan.gradients, plan.activations)),
             human_size(plan.total),
             {True: "yes", False: "no", None: "?"}[_fits(plan, budget)],
@@ -150,8 +151,8 @@ def _render(
     yield (
         "trained: parameters, Adam's moments and gradients; activations: what the backward pass "
         "needs, counted in the traced step, and calculated for the layer and the logits at work; "
-        "the total includes jax's own memory. recompute: --grad-checkpoint, chosen where the rest "
-        "does not fit"
+        "the total includes jax's own memory. recompute: --grad-checkpoint; full where the rest "
+        "does not fit, if infer.tune --train has not measured what is faster"
     )
     if _fits(wanted := _wanted(plans, budget), budget) is False:
         found = (
@@ -167,7 +168,7 @@ def _changes(plans: Sequence[TrainingPlan], wanted: TrainingPlan, budget: Budget
     fixed = [plan for plan in plans if plan.total - plan.activations <= (budget.memory or 0)]
     if not fixed:  # whatever the rows
         return
-    smaller = replace(wanted, remat=True, precision=fixed[0].precision)
+    smaller = replace(wanted, remat="full", precision=fixed[0].precision)
     batches = (wanted.batch >> power for power in range(1, wanted.batch.bit_length()))
     shorter = (wanted.length >> power for power in range(1, wanted.length.bit_length() - 5))
     for choices in (
@@ -185,8 +186,8 @@ def _flags(plan: TrainingPlan, wanted: TrainingPlan) -> str:
         found.append(f"--dtype {plan.precision.dtype}")
     if plan.precision.quantize != wanted.precision.quantize:
         found.append(f"--quantize-base {plan.precision.name}")
-    if plan.remat and not wanted.remat:
-        found.append("--grad-checkpoint")
+    if plan.remat != wanted.remat:
+        found.append(f"--grad-checkpoint {plan.remat}")
     if plan.batch != wanted.batch:
         found.append(f"--batch-size {plan.batch}")
     if plan.length != wanted.length:
@@ -195,4 +196,4 @@ def _flags(plan: TrainingPlan, wanted: TrainingPlan) -> str:
 
 
 def _called(plan: TrainingPlan) -> str:
-    return f"{plan.precision.name}{' with recomputing' if plan.remat else ''}"
+    return f"{plan.precision.name}{' with recomputing' if plan.remat != 'none' else ''}"

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Var
 
 from convert.adapters.prefix import encode, init_encoder
 from glm2_jax import GLMConfig, LoRA, dora, init_lora
@@ -27,6 +26,7 @@ from glm2_jax.runtime.buckets import padded_batch
 from infer.memory import shares
 from infer.memory.plan import RUNTIME, weight_bytes
 from infer.memory.precision import Precision
+from infer.memory.residuals import residual_bytes
 from infer.memory.shares import Sizes, abstract_params, total_bytes
 from train.data.batch import Batch
 from train.options import NEW_ADAPTER, PrefixOptions
@@ -110,7 +110,7 @@ class TrainingPlan:
     precision: Precision  # of the frozen base, or in which all parameters are computed
     batch: int  # rows of a micro-batch, on all devices together
     length: int  # tokens of each
-    remat: bool  # whether the backward pass recomputes each block
+    remat: str  # what the backward pass recomputes of each block, one of `choices.REMAT`
     adapter: Added | None  # None = all parameters are trained, stored in float32
     accumulate: int = 8  # micro-batches per step
     platform: str = "gpu"  # or "cpu", "tpu"
@@ -145,13 +145,14 @@ class TrainingPlan:
     @cached_property
     def working(self) -> int:
         """What a layer or the loss needs while it is computed."""
-        layer = layer_bytes(self._part, self.precision, self.platform, *self._shape, self.remat)
-        if self.remat:  # all that a layer keeps
+        recomputes = self.remat != "none"
+        layer = layer_bytes(self._part, self.precision, self.platform, *self._shape, recomputes)
+        if recomputes:  # all that a layer keeps otherwise
             form = replace(self._part, num_layers=1), self.precision.dtype, self.adapter
-            layer += kept_bytes(*form, *self._shape, False)
+            layer += kept_bytes(*form, *self._shape, "none")
         needed = max(layer, loss_bytes(self.config, self.platform, *self._shape))
         on_cpu = self.platform == "cpu" and self.adapter is not None
-        if on_cpu and not self.remat:  # a list of layers, which keeps their scores, too
+        if on_cpu and not recomputes:  # a list of layers, which keeps their scores, too
             rows, length = self._shape
             scores = _FLOAT32 * min(rows * self._part.num_heads * length**2, SCORES)
             needed += self.config.num_layers * scores
@@ -208,7 +209,7 @@ def abstract_adapter(config: GLMConfig, adapter: Added) -> Any:
 
 @lru_cache
 def kept_bytes(
-    config: GLMConfig, dtype: str, adapter: Added | None, rows: int, length: int, remat: bool
+    config: GLMConfig, dtype: str, adapter: Added | None, rows: int, length: int, remat: str
 ) -> int:
     """Return the bytes of what the forward pass of a micro-batch keeps for its backward pass,
     besides the parameters."""
@@ -229,10 +230,7 @@ def kept_bytes(
         return jax.vjp(loss, params if added is None else added)[1]
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    traced = jax.make_jaxpr(forward)(params, added, batch, key).jaxpr
-    kept = {x for x in traced.outvars if isinstance(x, Var)} - set(traced.invars)
-    avals: list[Any] = [x.aval for x in kept]
-    found = sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals)
+    found = residual_bytes(forward, params, added, batch, key)
     if adapter is None:  # the loss has taken the gradient of what follows the layers already
         tables = ("layers", *tables_of(config))
         found -= total_bytes([x for name, x in params.items() if name not in tables])
@@ -240,7 +238,7 @@ def kept_bytes(
 
 
 def layer_bytes(
-    config: GLMConfig, precision: Precision, platform: str, rows: int, length: int, remat: bool
+    config: GLMConfig, precision: Precision, platform: str, rows: int, length: int, recomputes: bool
 ) -> int:
     """Return what the backward pass of a layer needs besides what is kept."""
     C, F, N, size = config.mlp_inputs, config.ffn_hidden_size, config.num_heads, precision.size
@@ -248,7 +246,7 @@ def layer_bytes(
     needed = at_once * size  # the gradient of the products that go into the activation
     if platform != "cpu" or precision.scheme is not None:  # a copy of the weight
         needed += C * F * config.hidden_size * size
-    if remat:
+    if recomputes:
         return needed
     scores = min(rows * N * length**2, SCORES)
     return needed + at_once * _FLOAT32 + scores * (_FLOAT32 + size)

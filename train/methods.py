@@ -24,10 +24,11 @@ from glm2_jax.errors import UsageError
 from glm2_jax.lora import LoRA, check_dropout, find_targets, init_lora
 from glm2_jax.prefix import Prefix
 from glm2_jax.processes import join
+from glm2_jax.runtime.devices import layers_to_train
 from glm2_jax.runtime.dtypes import resolve_dtype
 from glm2_jax.runtime.gather import gathered
 from glm2_jax.sharding import lora_sharding, replicated
-from train.devices import Devices, layers_to_train
+from train.devices import Devices
 from train.options import AdapterOptions, PrefixOptions
 from train.recipe import Recipe
 from train.run_folder.folder import MODEL
@@ -184,8 +185,10 @@ def _load_frozen(
     folder: Folder, recipe: Recipe, devices: Devices, progress: Progress, load: Load
 ) -> Checkpoint:
     """Load a base that is not trained, its layers in the form that trains faster."""
-    remat, mesh = bool(recipe.training.grad_checkpoint), devices.mesh
-    layers = layers_to_train(devices.first.platform, on_mesh=mesh is not None, remat=remat)
+    remat = recipe.training.grad_checkpoint
+    assert remat is not None
+    on_mesh = devices.mesh is not None
+    layers = layers_to_train(devices.first.platform, remat, on_mesh=on_mesh)
     return load(folder, dataclasses.replace(recipe.choice, layers=layers), devices, progress)
 
 

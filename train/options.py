@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from glm2_jax.choices import REMAT
 from glm2_jax.cli.arguments import above_zero, number, path_argument, positive, whole
 from glm2_jax.cli.files import BUCKET, refuse_url
 from glm2_jax.cli.parser import flag
@@ -17,6 +19,11 @@ ATTENTION = ("usual", "xla", "cudnn", "triton", "splash")
 RATE = (
     "highest learning rate (default: {:g} at a hidden size of 4096, and in inverse proportion to "
     "it)"
+)
+TUNED = (
+    "what --grad-checkpoint and --attention are without a flag: auto = as infer.tune measured on "
+    "this device, nothing is measured now; off = as if nothing were measured; or a file of "
+    "infer.tune"
 )
 _count = partial(flag, type=positive, metavar="N")
 _number = partial(flag, type=number, metavar="X")
@@ -31,6 +38,35 @@ def checkpoint_place(text: str) -> str:
     if not text.removeprefix(BUCKET).strip("/ "):
         raise argparse.ArgumentTypeError("it must be a folder, or gs://BUCKET/PATH")
     return text
+
+
+class _Remat(argparse.Action):
+    """Stores one of `REMAT`: "full" for the flag alone, "none" for the flag with --no-."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+        names = [*option_strings, *(f"--no-{name.removeprefix('--')}" for name in option_strings)]
+        more = {"nargs": "?", "const": REMAT[-1], "choices": REMAT, "type": _remat}
+        super().__init__(names, dest, **options, **more)
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        no = (option_string or "").startswith("--no-")
+        if no and values != self.const:
+            raise argparse.ArgumentError(self, f"takes no value, got {values}")
+        setattr(namespace, self.dest, REMAT[0] if no else values)
+
+
+def _remat(text: str) -> str:
+    return {"true": REMAT[-1], "false": REMAT[0]}.get(text, text)  # of a recipe
+
+
+def remat_flag(default: str) -> Any:
+    """Return the field of --grad-checkpoint, whose help says what happens without it."""
+    return flag(
+        "gradient checkpointing: recompute activations in the backward pass to save memory: "
+        "products = those between the matrix products, attention = also the MLP's products, full "
+        f"(the flag alone) = everything in a layer, none = nothing (default: {default})",
+        action=_Remat, metavar="|".join(REMAT[1:]),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,14 +165,13 @@ class TrainingOptions:
         "stop a run whose loss stays far above its lowest, with exit code 3",
         choices=("on", "off"), default="on",
     )  # fmt: skip
-    grad_checkpoint: bool | None = flag(
-        "gradient checkpointing: recompute activations in the backward pass to save memory "
-        "(default: only where they do not fit the memory; on a mesh: for an adapter)",
-        action=argparse.BooleanOptionalAction,
+    grad_checkpoint: str | None = remat_flag(
+        "of what fits the memory the fastest, as infer.tune --train measured on this device; "
+        "without that, none if it fits, else full; on a mesh: full for an adapter, else none"
     )
     attention: str | None = flag(
         "form of attention (default: the one that infer.tune measured as the fastest on this "
-        "device; without that, the usual one)",
+        "device; without that, and on a mesh, the usual one)",
         choices=ATTENTION,
     )
 
@@ -174,7 +209,7 @@ class OutputOptions:
     )  # fmt: skip
     checkpoints: str | None = flag(
         "store the checkpoints here instead of in --output, for hosts without a shared folder: in "
-        "a bucket of Google Cloud Storage (extra gcs; tested with an emulator, not with a real "
+        "a bucket of Google Cloud Storage (needs gcsfs; tested with an emulator, not with a real "
         "bucket)",
         type=checkpoint_place, metavar="DIR|gs://...",
     )  # fmt: skip
@@ -185,7 +220,7 @@ class OutputOptions:
     )
     log_jsonl: str | None = _file("write the log as JSON lines (default: OUTPUT/log.jsonl)")
     plot: str | None = flag(
-        "draw the loss curve, with --check-data the lengths of the rows (extra plot; also .svg, "
-        ".pdf)",
+        "draw the loss curve, with --check-data the lengths of the rows (needs matplotlib; also "
+        ".svg, .pdf)",
         type=path_argument, metavar="FILE.png",
     )  # fmt: skip

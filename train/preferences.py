@@ -94,7 +94,7 @@ def pairs_of(
     average: bool,
     dropout_key: jax.Array | None = None,
     noise: jax.Array | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> Pairs:
     """Return the sums, or averages, of the log-probabilities of the learned tokens of each answer;
     the arguments are those of `train.step.loss_sum`."""

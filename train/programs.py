@@ -79,7 +79,7 @@ def compiling_step(
     state: Any,
     *,
     seed: int,
-    remat: bool,
+    remat: str,
     objective: Objective = CROSS_ENTROPY,
 ) -> Callable[[Any, Any, int], Any]:
     """Return the step, which reports when it compiles for a new shape of a batch."""

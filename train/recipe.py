@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 
 from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.bundled import RECIPES, find_bundled
+from glm2_jax.cli.foreign_flags import our_flag
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser
 from glm2_jax.cli.text_input import read_utf8
@@ -40,7 +42,7 @@ NOT_SETTINGS = (
 NO_EFFECT = {
     "model", "source", "revision", "data", "max-bad", "mix-data", "check-data", "print-sample",
     "val-data", "guard-data", "sample-prompts", "output", "checkpoints", "resume", "save-every",
-    "keep", "log-every", "log-jsonl", "plot", "device", "mesh", "tp", "compile-cache",
+    "keep", "log-every", "log-jsonl", "plot", "device", "mesh", "tp", "tuned", "compile-cache",
     "data-cache", "init-adapter", "force-adapter", "stop-diverged",
 }  # fmt: skip
 
@@ -62,6 +64,7 @@ class Recipe:
     # folder of compiled programs, or "off"; None = in the user's cache folder
     compile_cache: str | None
     preference: PreferenceOptions | None = None  # None = the loss of the answers
+    tuned: str = "auto"  # measured forms: "auto", "off" or a file, see `EngineOptions`
 
     def settings(self) -> dict[str, Any]:
         """Return all settings by the names of their flags: a file of them repeats the run."""
@@ -73,7 +76,8 @@ class Recipe:
             **(vars(self.adapter) if self.adapter else {}),
             **(vars(self.preference) if self.preference else {}), **vars(self.training),
             "dtype": choice.dtype, "device": choice.device, "mesh": choice.mesh,
-            "compile-cache": self.compile_cache, **vars(self.evaluation), **vars(self.output),
+            "tuned": self.tuned, "compile-cache": self.compile_cache, **vars(self.evaluation),
+            **vars(self.output),
         }  # fmt: skip
         return {name.replace("_", "-"): x for name, x in found.items() if x is not None}
 
@@ -98,18 +102,32 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         given |= members if members & given else set()
     words: dict[str, list[str]] = {}
     known = {name_of(x): x for x in parser._actions if x.dest not in NOT_SETTINGS}
-    for name, value in read_settings(Path(config)).items():
+    for name, value in read_settings(_find_recipe(config)).items():
         action = known.get(str(name).replace("_", "-"))
         if action is None:
             names = ", ".join(sorted(known))
             what = f"{config}: {name} is not a setting of this command."
-            raise UsageError(what, f"Known: {names}.")
+            flag = f"--{name}".replace("_", "-")
+            ours = our_flag(flag, parser._option_string_actions)
+            fix = "" if ours is None else f"Use {ours.removeprefix('--').replace(' ', ': ')}."
+            raise UsageError(what, f"Known: {names}.", fix)
         if action.dest in words:
             raise UsageError(f"{config}: {name} is given twice.")
         # A default says nothing, but would exclude the other flag of a group.
         said = action.dest not in given and value != str(action.default)
         words[action.dest] = words_of(action, name, value, config) if said else []
     return parser.parse_args([*sum(words.values(), []), *argv])
+
+
+def _find_recipe(name: str) -> Path:
+    path = Path(find_bundled(name, RECIPES))
+    if path.exists():
+        return path
+    raise InputError(
+        f"recipe not found: {name}",
+        f"It is neither a file nor a bundled recipe: {', '.join(RECIPES)}.",
+        "Check the name.",
+    )
 
 
 class _Texts(yaml.BaseLoader):

@@ -1,4 +1,4 @@
-"""Gradient checkpointing where no flag says whether: only if the activations do not fit."""
+"""Gradient checkpointing where no flag says how much: the fastest as measured, of what fits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
 from infer.memory.budget import SPARE
 from infer.memory.precision import Precision
 from infer.memory.shortage import budget_of
+from infer.tuning.automatic import stored
+from infer.tuning.measure import Tuned
+from infer.tuning.training import WITHOUT_MEASURING
 from train.data.batches import Batches
 from train.devices import Devices
 from train.memory import TrainingPlan, adapter_of
@@ -19,7 +22,21 @@ from train.run_folder.folder import recorded
 FLAG = "--grad-checkpoint"
 
 
-def choose_remat(recipe: Recipe, folder: Folder, batches: Batches, devices: Devices) -> Recipe:
+def find_tuned(recipe: Recipe, folder: Folder, devices: Devices) -> Tuned:
+    """Return what was measured for a run on one device; nothing is measured now.
+
+    On a mesh it is nothing: the files of several processes may differ, and they must agree.
+    CheckpointError for a file of another device or model.
+    """
+    if devices.mesh is not None:
+        return Tuned()
+    precision = precision_of(recipe, folder, devices)
+    return stored(recipe.tuned, folder.config, precision, devices.first)
+
+
+def choose_remat(
+    recipe: Recipe, folder: Folder, batches: Batches, devices: Devices, tuned: Tuned
+) -> Recipe:
     """Return the recipe with `grad_checkpoint` decided, and report why.
 
     A flag decides, then the run that is resumed. On a mesh only an adapter has it: what is free may
@@ -30,9 +47,11 @@ def choose_remat(recipe: Recipe, folder: Folder, batches: Batches, devices: Devi
     output = recipe.output
     remat = recorded(output.checkpoints or output.output, FLAG) if output.resume == "auto" else None
     if remat is None:
-        remat = recipe.adapter is not None
+        remat = "none" if recipe.adapter is None else "full"
         if devices.mesh is None:
-            remat = _needed(plan_of(recipe, folder, batches, devices), devices)
+            plan = plan_of(recipe, folder, batches, devices)
+            remat, why = fastest(plan, budget_of(devices.first).memory, tuned)
+            note(why)
     training = dataclasses.replace(recipe.training, grad_checkpoint=remat)
     return dataclasses.replace(recipe, training=training)
 
@@ -41,7 +60,7 @@ def plan_of(recipe: Recipe, folder: Folder, batches: Batches, devices: Devices) 
     """Return the plan of a run on one device that keeps all activations."""
     accumulate, rows = batches.shape
     return TrainingPlan(
-        folder.config, precision_of(recipe, folder, devices), rows, batches.width, False,
+        folder.config, precision_of(recipe, folder, devices), rows, batches.width, "none",
         adapter_of(recipe), accumulate, devices.first.platform,
     )  # fmt: skip
 
@@ -57,14 +76,37 @@ def precision_of(recipe: Recipe, folder: Folder, devices: Devices) -> Precision:
     return Precision(dtype_name(dtype), scheme)
 
 
-def _needed(plan: TrainingPlan, devices: Devices) -> bool:
-    """Return whether the activations do not fit, and say so."""
-    memory = budget_of(devices.first).memory
+def fastest(plan: TrainingPlan, memory: int | None, tuned: Tuned) -> tuple[str, str]:
+    """Return what the backward pass of a run should recompute, one of `choices.REMAT`, and why.
+
+    It is the fastest that was measured, of what fits the memory; where that was not measured, all
+    activations are kept if they fit. None = the memory is not known.
+    """
+
+    def fits(policy: str) -> bool:
+        needed = dataclasses.replace(plan, remat=policy).total
+        return memory is not None and needed * SPARE <= memory
+
+    usual = next(filter(fits, WITHOUT_MEASURING), WITHOUT_MEASURING[-1])
     free = "not known" if memory is None else human_size(memory)
-    needed = memory is None or plan.total * SPARE > memory
-    note(
-        f"gradient checkpointing is {'on' if needed else 'off'}: without it the run needs about "
-        f"{human_size(plan.total)}; available: {free} ({'--no' if needed else '-'}-grad-checkpoint "
-        f"turns it {'off' if needed else 'on'})"
+    measured = tuned.trained(plan.batch, plan.length)
+    # What did not fit there was not measured, and may be faster here.
+    order = measured.order if measured is not None else []
+    best = next(filter(fits, order), None) if usual in order else None
+    if measured is None or best is None:
+        return usual, (
+            f"gradient checkpointing is {'off' if usual == 'none' else 'on'}: without it the run "
+            f"needs about {human_size(plan.total)}; available: {free} "
+            f"({'-' if usual == 'none' else '--no'}-grad-checkpoint turns it "
+            f"{'on' if usual == 'none' else 'off'})"
+        )
+    seconds = measured.remat.choice.seconds
+    gain = (
+        "" if best == usual else f", {seconds[usual] / seconds[best]:.2f} times as fast as {usual}"
     )
-    return needed
+    needed = human_size(dataclasses.replace(plan, remat=best).total)
+    return best, (
+        f"gradient checkpointing: {best}, the fastest of what fits as measured for "
+        f"{measured.rows} x {measured.length} tokens{gain}; the run needs about {needed}, "
+        f"available: {free} ({FLAG} chooses another)"
+    )

@@ -37,7 +37,7 @@ from train.options import TrainingOptions
 from train.preferences import preference
 from train.programs import Programs, compiling_step
 from train.recipe import Recipe
-from train.remat import choose_remat
+from train.remat import choose_remat, find_tuned
 from train.run_folder.checkpoints import Checkpoints
 from train.run_folder.folder import RunFolder
 from train.run_folder.log import Log, cut_log, draw, losses, read_log
@@ -99,8 +99,10 @@ def run(recipe: Recipe, make_method: MakeMethod, watcher: Watcher | None = None)
     learned, sets = watcher.split(recipe, folder, dataset)
     width, advises = folder.config.hidden_size, watcher.advises
     recipe, batches, total = _plan(recipe, learned, devices, width, advises=advises)
-    recipe = choose_remat(recipe, folder, batches, devices)
-    recipe = watcher.planned(choose_attention(recipe, folder, devices), total)
+    tuned = find_tuned(recipe, folder, devices)
+    recipe = choose_remat(recipe, folder, batches, devices, tuned)
+    recipe = choose_attention(recipe, folder, devices, tuned, batches)
+    recipe = watcher.planned(recipe, total)
     identity = identity_of(recipe, folder, dataset, sets)
     join.compare(
         {
@@ -253,7 +255,7 @@ def _train(
         config = with_attention(method.checkpoint.config, training.attention)
         step = compiling_step(
             programs, method, config, devices, numbers, log, state,
-            seed=training.seed, remat=bool(training.grad_checkpoint), **objective,
+            seed=training.seed, remat=training.grad_checkpoint or "none", **objective,
         )  # fmt: skip
         loop = Loop(
             recipe, total, step, evaluate, lambda updates: float(numbers.schedule(updates)),

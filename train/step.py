@@ -77,7 +77,7 @@ def loss_sum(
     scale: jax.typing.ArrayLike = 1.0,
     dropout_key: jax.Array | None = None,
     noise: jax.Array | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
     """Return the cross entropy of a micro-batch [B, T], summed over its learned tokens and times
     `scale`, and their number (float32, int32); `noise` [B, T, D] is added to the embeddings.
@@ -249,7 +249,7 @@ def train_step(
     numbers: Numbers | None = None,
     *,
     dtype: Any = None,
-    remat: bool = True,
+    remat: str = "full",
     effective: Callable[[Any], LoRA | Prefix] | None = None,
     objective: Objective = CROSS_ENTROPY,
 ) -> tuple[Any, State, Metrics]:
@@ -263,7 +263,7 @@ def train_step(
         batch: arrays [A, B, T].
         key, number: of the run, and of the step from 0; randomness depends on them alone.
         numbers: optimizer, noise on the embeddings and scale of a LoRA adapter as arrays.
-        dtype: that all parameters are computed in; None = their own.
+        dtype, remat: that all parameters are computed in, None = their own; of `choices.REMAT`.
         effective: makes the adapter, or the prefix, from `trained`; None = it is the adapter.
         objective: what the step lowers.
     """

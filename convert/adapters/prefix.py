@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.adapters.tensors import check_finite
+from convert.files.foreign import RECIPE
 from convert.files.replace import replace_files
 from convert.files.shards import WEIGHT_FILES, open_weights
 from convert.files.tensor import StoredTensor, reading
@@ -172,7 +173,9 @@ def _open(folder: str | os.PathLike) -> tuple[Path, Tensors, tuple[str, ...]]:
                 f"The prefix {path} {missing}.",
                 f"A prefix is a folder with one of {', '.join(WEIGHT_FILES)}"
                 + (f", not {', '.join(names[:12])}." if names else "."),
-                "Give the folder that the training saved, such as checkpoint-3000.",
+                "Its training has not finished: run train.prefix again with --resume auto."
+                if RECIPE in names
+                else "Give the folder that the training saved, such as checkpoint-3000.",
             )
         weights = open_weights(path)
     return path, _encoder_tensors(path, weights.tensors), weights.notes

@@ -37,7 +37,7 @@ from glm2_jax.errors import InputError, UsageError
 from glm2_jax.model import GLM
 from glm2_jax.parts import TABLE, parts_of
 from glm2_jax.quant import QTensor, dequantize, pack_int4, quantize
-from glm2_jax.schemes import COLUMN_AXES, Scheme
+from glm2_jax.schemes import COLUMN_AXES, GROUPS, Scheme
 
 _TOKENS = 2048  # of a batch, at most, but for a longer sample
 _SETTINGS, _LOCK = "settings.json", "lock"
@@ -59,14 +59,16 @@ def check(source: Folder, method: Method, scheme: Scheme) -> None:
             "for the products that read it without changing what is added to them.",
             "Use --method gptq.",
         )
-    for name, axes in COLUMN_AXES.items():
-        columns = math.prod(TABLE[name].shape(config)[-axes:])
-        if scheme.group(columns) != method.form.group:
-            fitting = [str(g) for g in (128, 64, 32) if columns % g == 0]
+    columns = {name: math.prod(TABLE[name].shape(config)[-n:]) for name, n in COLUMN_AXES.items()}
+    for name, count in columns.items():
+        if scheme.group(count) != method.form.group:
+            fitting = [str(g) for g in GROUPS if all(n % g == 0 for n in columns.values())]
             raise UsageError(
-                f"--group {method.form.group} does not divide the {columns} columns of {name}.",
+                f"--group {method.form.group} does not divide the {count} columns of {name}.",
                 "All groups of a row have the same size.",
-                f"Use --group {' or '.join(fitting)}." if fitting else "Use --quantize int8.",
+                f"Use --group {' or '.join(fitting)}."
+                if fitting
+                else "Quantize it as it is loaded: --quantize int8.",
             )
 
 

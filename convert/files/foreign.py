@@ -12,7 +12,7 @@ _SHOWN = 6  # names in a message
 _HUB_LEVELS = ("", "hub/", "models/", "hub/models/")  # of Hugging Face and of ModelScope
 _HUB_FOLDER = re.compile(r"models--.+--.+")
 
-_RECIPE = "recipe.yml"  # which our training runs write
+RECIPE = "recipe.yml"  # which our training runs write
 GGML = "a GGML or GGUF file, of llama.cpp or chatglm.cpp, which is not supported"
 _GGML_MAGIC = (b"GGUF", b"ggml", b"lmgg", b"fmgg", b"tjgg", b"algg")
 USE_TORCH = "Use the safetensors or .bin files that the model was published with."
@@ -29,10 +29,11 @@ _FOLDERS = {
         "Give its base as the model (--model), and this folder as --adapter (train.lora: "
         "--init-adapter).",
     ),
-    _RECIPE: (
+    RECIPE: (
         "the output folder of a training run that has not finished",
         "Run the same training with --resume auto; at its end this folder holds an adapter "
-        "(train.lora: --adapter), or a model in model/ (train.full: --model).",
+        "(train.lora: --adapter), a prefix (train.prefix: --prefix), or a model in model/ "
+        "(train.full: --model).",
     ),
     "zero_to_fp32.py *zero_pp_rank_* *_model_states.pt */*_model_states.pt": (
         "a DeepSpeed checkpoint",
@@ -63,7 +64,7 @@ def explain_folder(folder: Path) -> CheckpointError | None:
     """Return what a folder without config.json or weights is; None where nothing shows it."""
     for patterns, (kind, fix) in _FOLDERS.items():
         found = _found(folder, patterns.split())
-        if found and not (_RECIPE in found and (folder / "model" / "config.json").exists()):
+        if found and not (RECIPE in found and (folder / "model" / "config.json").exists()):
             return CheckpointError(f"{folder} is {kind}.", f"It holds {_listed(found)}.", fix)
     snapshot = find_snapshot(folder)
     if snapshot is not None:

@@ -137,7 +137,7 @@ def open_clients(name: str, revision: str | None, source: str | None) -> list[Cl
             raise UsageError(
                 f"--source {source} needs the package {package}, which cannot be imported.",
                 f"{type(error).__name__}: {_first_line(error)}",
-                f"Install the extra hub, or: pip install {package.replace('_', '-')}",
+                f"Install it: pip install {package.replace('_', '-')}",
             ) from error
         clients.append(client(name, revision))
     return clients

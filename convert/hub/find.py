@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.hub.clients import Client, open_clients
+from glm2_jax.cli.bundled import MODELS, find_bundled
 from glm2_jax.cli.files import refuse_url, require_space
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.errors import CheckpointError, UsageError
@@ -50,7 +51,7 @@ _SPARE_BYTES = 2**20  # for the blocks of the small files
 def find_model(
     path: str | os.PathLike, *, source: str | None = None, revision: str | None = None
 ) -> Path:
-    """Return the folder that a user means: a path, or a model on a hub.
+    """Return the folder that a user means: a path, a model on a hub, or "demo", the bundled one.
 
     A path may be that of a model in a hub's cache: its snapshot is taken. "owner/name" is looked
     for in the caches if no such folder exists, and downloaded if a source, "hf" or "modelscope", is
@@ -64,7 +65,7 @@ def find_model(
         InputError: not enough disk space.
     """
     refuse_url(path)
-    name = os.fspath(path)
+    name = find_bundled(path, MODELS) if source is None else os.fspath(path)
     is_name = _NAME.fullmatch(name) is not None
     is_path = source is None and (os.path.exists(name) or not is_name)
     if revision is not None and (is_path or not _REVISION.fullmatch(revision)):

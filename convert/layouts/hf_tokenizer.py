@@ -15,6 +15,7 @@ from typing import Any
 import sentencepiece
 
 from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.extras import pip_install
 from glm2_jax.text.roles import GLM4_TOOL, GLM4_TOOLS, ROLES
 from glm2_jax.text.tokenizer import SPACE_MARK, Tokenizer
 
@@ -101,7 +102,7 @@ def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
         raise UsageError(
             "The tokenizer files need the package tokenizers, which is not installed.",
             str(error),
-            "Install it: pip install 'glm2-jax[export]'.",
+            f"Install it: {pip_install('export')}",
         ) from error
     fast = (_ranks if tokenizer.byte_level else _pieces)(tokenizers, tokenizer)
     # <s> is not among them: no prompt has it, and people do write that HTML tag.

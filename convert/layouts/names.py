@@ -301,6 +301,18 @@ class Match(NamedTuple):
         return self.rule.full_name(self.layer)
 
 
+def refuse_prefix(names: Iterable[str]) -> None:
+    """Raise a CheckpointError where all stored tensors are those of a P-Tuning v2 prefix."""
+    left = sorted(name for name in names if not is_computed(name))
+    if left and all("prefix_encoder." in name for name in left):
+        raise CheckpointError(
+            "These weights are a P-Tuning v2 prefix, not a model.",
+            f"They hold only {', '.join(left)[:300]}.",
+            "Give the model that it was trained on, and this folder as --prefix: "
+            "python -m infer.chat --model BASE --prefix FOLDER.",
+        )
+
+
 def match_tensors(
     config: GLMConfig,
     tensors: Mapping[str, StoredTensor],
@@ -313,13 +325,8 @@ def match_tensors(
     matrices are quantized. Tensors that are missing, unexpected, or of a wrong shape or dtype are
     one `CheckpointError` that begins with the cause where it is known.
     """
+    refuse_prefix(tensors)
     left = {name: tensor for name, tensor in tensors.items() if not is_computed(name)}
-    if left and all("prefix_encoder." in name for name in left):
-        raise CheckpointError(
-            "These weights are a P-Tuning v2 prefix, not a model.",
-            f"They hold only {', '.join(sorted(left))[:300]}.",
-            "Give the model that it was trained on, and this folder as --prefix.",
-        )
     if config.num_layers > max(len(left), _LEAST_TENSORS):  # num_layers may be any number
         raise CheckpointError(
             f"The tensors do not fit the configuration: num_layers is {config.num_layers}.",

@@ -15,7 +15,14 @@ from convert.files.tensor import StoredTensor, is_plain_name, reading
 from convert.files.vocabulary import FAST, VOCABULARY_FILES, read_vocabulary
 from convert.layouts.family import find_family, read_side_files
 from convert.layouts.hf_config import is_native
-from convert.layouts.names import Match, match_tensors, own_rules, rules_of, tied_head
+from convert.layouts.names import (
+    Match,
+    match_tensors,
+    own_rules,
+    refuse_prefix,
+    rules_of,
+    tied_head,
+)
 from convert.layouts.packed import Packing, read_packing, unpack
 from convert.layouts.tokens import assumed_places, check_vocabulary, fit_tokenizer
 from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS
@@ -158,6 +165,7 @@ def _check_complete(
 ) -> None:
     """Refuse a folder without a tokenizer, or one of our own without its manifest."""
     if found.tokenizer is None:
+        refuse_prefix(weights.tensors)  # which needs none
         name = VOCABULARY[found.config.family].file
         others = [file for file in VOCABULARY_FILES if file != name]
         raise CheckpointError(

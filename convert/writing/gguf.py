@@ -26,6 +26,7 @@ from convert.writing.floats import Progress
 from convert.writing.pytorch import plan_export
 from glm2_jax.choices import GGUF_TYPES
 from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.extras import pip_install
 from glm2_jax.lora import LoRA
 from glm2_jax.text.prompt import stop_ids
 from glm2_jax.text.ranks import Ranks
@@ -47,7 +48,7 @@ def require_gguf() -> types.ModuleType:
         raise UsageError(
             "Writing GGUF needs the package gguf.",
             str(error),
-            "Install it: pip install 'glm2-jax[gguf]'.",
+            f"Install it: {pip_install('gguf')}",
         ) from error
     return gguf
 

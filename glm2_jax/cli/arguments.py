@@ -5,9 +5,12 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Collection
 
+from glm2_jax.choices import DEVICES, unknown_device
 from glm2_jax.cli.files import refuse_url
 from glm2_jax.errors import UsageError
+from glm2_jax.extras import pip_install
 
 
 def whole(text: str, least: int = 0) -> int:
@@ -68,6 +71,15 @@ def path_argument(text: str) -> str:
     return text
 
 
+def device_argument(text: str, more: Collection[str] = (), pattern: str = "") -> str:
+    """Parse the name of a device, or of one of `more`, or what a pattern matches, for argparse."""
+    known = (*DEVICES, *more)
+    name = text.lower()
+    if name in known or (pattern and re.fullmatch(pattern, name)):
+        return name
+    raise argparse.ArgumentTypeError(unknown_device(text, known))
+
+
 def choose_platform(device: str) -> None:
     """Keep jax from initializing an accelerator that is not wanted; call it before jax is there."""
     if device == "cpu" and "jax" not in sys.modules:
@@ -82,7 +94,7 @@ def check_plot(path: str) -> None:
         raise UsageError(
             "--plot needs matplotlib, which cannot be imported.",
             str(error),
-            "Install it: pip install 'glm2-jax[plot]'",
+            f"Install it: {pip_install('plot')}",
         ) from error
     if os.path.splitext(path)[1].lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot must end in .png, .svg or .pdf, got {path}.")

@@ -15,7 +15,7 @@ from glm2_jax.choices import (
     SOURCES,
     TEMPLATES,
 )
-from glm2_jax.cli.arguments import memory_size, path_argument, positive
+from glm2_jax.cli.arguments import device_argument, memory_size, path_argument, positive
 from glm2_jax.cli.parser import Parser, add_flags, flag
 from glm2_jax.limits import DRAFT
 
@@ -37,7 +37,7 @@ class ModelChoice:
     """Which model, how its checkpoint is read, and where it computes; each field is a flag."""
 
     path: str | None = flag(
-        "checkpoint folder, published or converted, or OWNER/NAME on a hub (default: the "
+        "checkpoint folder, published or converted, or OWNER/NAME on a hub (default: demo, the "
         "bundled demo model)",
         name="model", short=("-m",), type=path_argument, metavar="DIR|NAME",
     )  # fmt: skip
@@ -75,7 +75,7 @@ class ModelChoice:
         metavar="AXES",
     )
     device: str = flag(  # a card where it is only planned for
-        f"device: {', '.join(DEVICES)}", choices=DEVICES, default="auto", metavar="DEVICE"
+        f"device: {', '.join(DEVICES)}", type=device_argument, default="auto", metavar="DEVICE"
     )
     rope_kind: str | None = flag(
         "meaning of rope_ratio, if the checkpoint does not say: linear divides the "

@@ -7,9 +7,11 @@ import re
 import sys
 import textwrap
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from glm2_jax.cli.commands import as_typed
+from glm2_jax.cli.foreign_flags import our_flag
 from glm2_jax.cli.main import EXIT_USAGE, version
 from glm2_jax.cli.messages import note
 
@@ -28,6 +30,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
             ]
             usage = " ".join((self._prog.replace("%", "%%"), "[flags]", *words))
         super().add_usage(usage, actions, groups, prefix)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """As argparse does, but the spelling --no-X of a flag takes no value."""
+        return re.sub(r"(--no-\S+) \[\S+\]", r"\1", super()._format_action_invocation(action))
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
@@ -68,7 +74,15 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):  # type of the base class
         """As argparse does, after `_` in the names of flags has become `-`."""
         args = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(_hyphenate(args), namespace)
+        hyphenated = _hyphenate(args)
+        hints = [
+            f"{typed.partition('=')[0]}: use {ours}"
+            for typed, arg in zip(args, takewhile("--".__ne__, hyphenated), strict=False)
+            if (ours := our_flag(arg.partition("=")[0], self._option_string_actions))
+        ]
+        if hints:  # before argparse names the flags that are missing: they may be these
+            self.error(f"unknown argument {', '.join(hints)}")
+        return super().parse_known_args(hyphenated, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print one line of what and one of what to do, and exit with 2."""

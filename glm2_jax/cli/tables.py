@@ -2,7 +2,7 @@
 
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from glm2_jax.cli.messages import text_width
 
@@ -34,3 +34,22 @@ def table(rows: Sequence[Sequence[str]], texts: int) -> list[str]:
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def fitted(rows: Sequence[Sequence[str]], texts: int, columns: int) -> Iterator[str]:
+    """Write a table; where it is too wide, as several with the same first column.
+
+    The first `texts` columns are text, the others numbers.
+    """
+    first, *rest = zip(*rows, strict=True)
+    while rest:
+        count = len(rest)
+        while True:
+            lines = table(list(zip(first, *rest[:count], strict=True)), texts)
+            if count == 1 or max(map(text_width, lines)) <= columns:
+                break
+            count -= 1
+        yield from lines
+        rest, texts = rest[count:], max(texts - count, 1)
+        if rest:
+            yield ""

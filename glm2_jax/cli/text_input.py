@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, BinaryIO
 
+from glm2_jax.cli.bundled import ROWS, find_bundled
 from glm2_jax.cli.messages import human_size
 from glm2_jax.errors import InputError, shorten
 
@@ -101,7 +102,7 @@ def read_line(
 
 @contextlib.contextmanager
 def open_input(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file to read, or standard input if the path is "-", which stays open.
+    """Open a file to read, maybe a bundled one, or standard input, which stays open, if it is "-".
 
     InputError: it cannot be opened, or reading fails inside the block.
     """
@@ -114,7 +115,7 @@ def open_input(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if name == "-":
             yield sys.stdin.buffer
         else:
-            with open(name, "rb", buffering=_SAMPLE) as file:
+            with open(find_bundled(name, ROWS), "rb", buffering=_SAMPLE) as file:
                 yield file
     except OSError as error:
         why = _REASONS.get(error.errno or 0, error.strerror or str(error))

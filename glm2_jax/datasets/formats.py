@@ -84,7 +84,10 @@ def unknown_format(row: Fields) -> InputError:
     """Return the error for a row that has the keys of no format."""
     forms = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in _NEEDED.items())
     hint = "; plain texts are learned with --format text" if TEXT in row else ""
-    return InputError(f"no known format, its keys are {_key_list(row)}", f"known: {forms}{hint}")
+    why = f"known: {forms}{hint}"
+    if "chosen" in row and "rejected" in row:
+        why = "pairs of a chosen and a rejected answer are for python -m train.preference"
+    return InputError(f"no known format, its keys are {_key_list(row)}", why)
 
 
 def unused_keys(row: Fields, fmt: str) -> Iterator[str]:

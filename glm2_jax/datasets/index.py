@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from io import BufferedReader
 from typing import BinaryIO, NamedTuple
 
+from glm2_jax.cli.bundled import ROWS, find_bundled
 from glm2_jax.cli.text_input import refuse_wide
 from glm2_jax.datasets.tables import (
     PARQUET,
@@ -186,10 +187,11 @@ def no_rows(name: str, why: str = "it is empty") -> InputError:
 
 
 def _open(name: str) -> BufferedReader:
+    place = find_bundled(name, ROWS)
     try:
-        mode = os.stat(name).st_mode
+        mode = os.stat(place).st_mode
         if stat.S_ISREG(mode):
-            return open(name, "rb")
+            return open(place, "rb")
     except (OSError, ValueError) as error:  # ValueError: a NUL inside the name
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot read {name}", reason) from None

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from glm2_jax.cli.bundled import ROWS, find_bundled
 from glm2_jax.cli.messages import human_size
 from glm2_jax.cli.text_input import LARGEST, open_input, parse_line, read_text
 from glm2_jax.datasets.formats import Message, detect, read_messages, unknown_format
@@ -32,7 +33,8 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     """
     with contextlib.ExitStack() as opened:
         file = opened.enter_context(open_input(path))
-        if path == "-" or not Path(path).is_file():  # rows are read at their offsets
+        plain = path != "-" and Path(find_bundled(path, ROWS)).is_file()
+        if not plain:  # rows are read at their offsets
             file = _copy(file, path, opened.enter_context(tempfile.TemporaryFile()))
         if not _has_rows(path, file):
             yield path, read_text(file, path)

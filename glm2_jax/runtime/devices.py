@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from glm2_jax.choices import DEVICES
+from glm2_jax.choices import DEVICES, unknown_device
 from glm2_jax.errors import CheckpointError, DeviceError, UsageError
 from glm2_jax.limits import FEW_ROWS, LONG_CACHE
 from glm2_jax.mesh import AXES, make_mesh, parse_mesh
@@ -27,7 +27,7 @@ def find_device(name: Any) -> Any:
         return name
     name = "auto" if name is None else name
     if name not in DEVICES:
-        raise UsageError(f"unknown device {name!r}", fix=f"Known: {', '.join(DEVICES)}.")
+        raise UsageError(unknown_device(name))
     try:
         return jax.local_devices(backend=None if name == "auto" else name)[0]
     except (RuntimeError, AssertionError) as error:  # the latter if none can be initialized
@@ -88,6 +88,14 @@ def faster_layers(platform: str, *, on_mesh: bool = False, rows: int = 1, slots:
     """
     copies = on_mesh or rows > FEW_ROWS or rows * slots > LONG_CACHE
     return "list" if platform == "cpu" or (platform == "gpu" and copies) else "stacked"
+
+
+def layers_to_train(platform: str, remat: str, *, on_mesh: bool = False) -> str:
+    """Return the layout of a frozen base that trains faster, "stacked" or "list", for one of
+    `choices.REMAT`."""
+    # XLA:CPU moves the recomputing of a list of layers to where all of it is kept.
+    recomputing = platform == "cpu" and remat != "none"
+    return "stacked" if recomputing else faster_layers(platform, on_mesh=on_mesh)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ folder added are text, and encoded to one id each, as the `transformers` tokeniz
 import codecs
 import copy
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,10 @@ class AddedToken:
 
 
 class Tokenizer:
-    """Encodes text to ids and back, exactly as the published tokenizers do."""
+    """Encodes text to ids and back, exactly as the published tokenizers do.
+
+    `Tokenizer("chatglm2-6b/tokenizer.model")` reads a file; CheckpointError as of `from_file`.
+    """
 
     eos_id: int = 2
     pad_id: int = 0  # the unknown piece in ChatGLM2 and ChatGLM3
@@ -98,7 +102,16 @@ class Tokenizer:
     byte_level: bool  # whether its tokens are ranked bytes; else SentencePiece has made it
     adds_dummy_prefix: bool  # whether a space is put before every text
 
-    def __init__(self, vocabulary: Vocabulary, family: str | None, *, source: str = ""):
+    def __init__(
+        self,
+        vocabulary: str | os.PathLike[str] | Vocabulary,
+        family: str | None = None,
+        *,
+        source: str = "",
+    ):
+        if isinstance(vocabulary, str | os.PathLike):
+            source = os.fspath(vocabulary)
+            vocabulary = _open(_read_file(Path(vocabulary), family), source)
         self._vocabulary, self._source = vocabulary, source
         self.families = vocabulary.families
         self.model_bytes = vocabulary.model_bytes
@@ -192,30 +205,14 @@ class Tokenizer:
 
         CheckpointError if it cannot be read, is damaged, or is that of another family.
         """
-        path = Path(path)
-        try:
-            size = path.stat().st_size
-            if not path.is_file():  # reading a pipe could wait forever
-                raise OSError("it is not a plain file")
-            if size > MAX_MODEL_BYTES:
-                raise OSError(f"it is larger than {MAX_MODEL_BYTES} bytes")
-            data = path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(
-                f"The tokenizer {path} cannot be read.",
-                error.strerror or str(error),
-                f"Put the model's {SCHEMES[family or 'chatglm2'].file} there.",
-            ) from error
-        return cls.from_bytes(data, family, source=str(path))
+        return cls(path, family)
 
     @classmethod
     def from_bytes(
         cls, data: bytes, family: str | None = "chatglm2", *, source: str = ""
     ) -> "Tokenizer":
         """Open the content of a vocabulary file; see `from_file`."""
-        refuse_pointer(data, _called(source))
-        kind = Ranks if is_rank_file(data) else Pieces
-        return cls(kind(data, _called(source)), family, source=source)
+        return cls(_open(data, source), family, source=source)
 
     def encode(self, text: str) -> list[int]:
         """Encode text without the prefix ids, never to a special id; InputError if it cannot be."""
@@ -326,6 +323,35 @@ def _check_text(text: str) -> None:
             "It is half of a character and cannot be written as UTF-8.",
             "Remove it, or read the text again in its true encoding.",
         ) from error
+
+
+def _read_file(path: Path, family: str | None) -> bytes:
+    """Return the content of a vocabulary file; CheckpointError if it cannot be read."""
+    name = SCHEMES.get(family or "", SCHEMES["chatglm2"]).file
+    if path.is_dir():
+        raise CheckpointError(
+            f"The tokenizer {path} cannot be read.",
+            "It is a folder.",
+            f"Name the {name} in it; for the tokens that the folder adds to that file, use "
+            "convert.open_folder(folder).tokenizer.",
+        )
+    try:
+        size = path.stat().st_size
+        if not path.is_file():  # reading a pipe could wait forever
+            raise OSError("it is not a plain file")
+        if size > MAX_MODEL_BYTES:
+            raise OSError(f"it is larger than {MAX_MODEL_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        why, fix = error.strerror or str(error), f"Put the model's {name} there."
+        raise CheckpointError(f"The tokenizer {path} cannot be read.", why, fix) from error
+
+
+def _open(data: bytes, source: str) -> Vocabulary:
+    """Open the content of a vocabulary file, of the kind that it shows."""
+    refuse_pointer(data, _called(source))
+    kind = Ranks if is_rank_file(data) else Pieces
+    return kind(data, _called(source))
 
 
 def _called(source: str) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from glm2_jax.errors import InputError
+from glm2_jax.extras import pip_install
 from glm2_jax.text.prompt import stop_ids
 from glm2_jax.text.tokenizer import Tokenizer
 
@@ -55,7 +56,7 @@ class Grammars:
             raise InputError(
                 "JSON schemas cannot be enforced",
                 "llguidance is not installed.",
-                'Install it: pip install "glm2-jax[serve]".',
+                f"Install it: {pip_install('serve')}",
             ) from error
         vocabulary = llguidance.TokenizerWrapper(_Vocabulary(tokenizer, vocab_size))
         self._tokenizer = llguidance.LLTokenizer(vocabulary, eos_token=_end_ids(tokenizer))

@@ -41,17 +41,21 @@ class Task(NamedTuple):
 
 
 Tasks = Callable[[GLMConfig, Any, Variant, Report], Iterable[Task]]  # of parameters in a form
+# "list" or "stacked" for a dtype and a quantization of the flags
+Layouts = Callable[[Subject, str, str | None], str]
 
 
 def run(
     settings: Settings,
     tasks: Tasks,
     *,
+    layouts: Layouts | None = None,
     unmeasured: str = "",
     show: Callable[[Report, int], str] = render,
 ) -> tuple[Report, int]:
     """Measure, unless `unmeasured` says why not, and print the report, also where a signal ends the
-    process; returns it and the exit code. `show` writes it for people, in so many columns."""
+    process; returns it and the exit code. `show` writes it for people, in so many columns, and
+    `layouts` are those of the layers where no flag names them."""
     choice = settings.choice
     mesh = find_mesh(choice.mesh, choice.device)
     device = find_device(choice.device) if mesh is None else mesh.devices.flat[0]
@@ -69,19 +73,28 @@ def run(
         if unmeasured:
             report.unmeasured.append(unmeasured)
         else:
-            _measure(settings, subject, tasks, report)
+            _measure(settings, subject, tasks, layouts or _by_device, report)
         report.complete = True
     failed = any(not result.seconds for result in report.results)
     return report, EXIT_DEVICE if failed else 0
 
 
-def _measure(settings: Settings, subject: Subject, tasks: Tasks, report: Report) -> None:
+def _by_device(subject: Subject, dtype: str, quantize: str | None) -> str:
+    return faster_layers(subject.device.platform, on_mesh=subject.mesh is not None)
+
+
+def _measure(
+    settings: Settings, subject: Subject, tasks: Tasks, layouts: Layouts, report: Report
+) -> None:
     device, mesh = subject.device, subject.mesh
     if settings.ceilings:
         note(f"measuring the limits of {device.device_kind} ...")
         report.ceilings = ceilings_of(device, mesh)
-    by_device = (faster_layers(device.platform, on_mesh=mesh is not None),)
-    forms = product(settings.dtypes, settings.quantize or (None,), settings.layout or by_device)
+    forms = [
+        (*weights, layout)
+        for weights in product(settings.dtypes, settings.quantize or (None,))
+        for layout in settings.layout or (layouts(subject, *weights),)
+    ]
     with contextlib.ExitStack() as stack:
         peer = None
         if settings.peer is not None and (problem := missing(settings.peer)):

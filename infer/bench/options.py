@@ -17,6 +17,7 @@ from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.model_choice import ModelChoice, add_model_options
 from glm2_jax.cli.parser import Parser, add_flags, flag, from_flags
 from glm2_jax.errors import UsageError
+from glm2_jax.extras import pip_install
 
 count = partial(flag, type=arguments.positive, metavar="N")
 
@@ -79,7 +80,7 @@ class Settings:
         "measure the limits of the device, and print the shares of them that are reached",
         action=argparse.BooleanOptionalAction, default=True,
     )  # fmt: skip
-    tuned: str = "off"  # whether forms are used that were measured; training has one for each
+    tuned: str = "off"  # whether forms of a step are used that were measured; training has others
     kv: str = "auto"  # how caches store keys and values; training has none
 
 
@@ -110,7 +111,7 @@ class BenchSettings(Settings):
     )
     plot: str | None = flag(
         "draw a roofline picture, or with --serve throughput and latencies, .png, .svg or .pdf; "
-        "needs pip install 'glm2-jax[plot]'",
+        f"needs {pip_install('plot')}",
         type=path_argument, metavar="F",
     )  # fmt: skip
 

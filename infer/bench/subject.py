@@ -97,13 +97,17 @@ class Subject:
         kv = self.settings.kv
         return Variant(name, quantization, layers, weights, tuned.forms, kv), params
 
+    def precision(self, dtype: str, quantize: str | None) -> Precision:
+        """Return what flags of these values compute in, and how weights are stored."""
+        target = resolve_dtype(dtype, num_params=self.config.num_params, device=self.device)
+        scheme = self._scheme(quantize)
+        return Precision(dtype_name(target), None if scheme is None else scheme.name)
+
     def _tuned(self, dtype: str, quantize: str | None, layers: str) -> Tuned:
         """Return the forms to compute in; they are measured now if they are not known yet."""
         if self.settings.tuned == OFF or self.mesh is not None:
             return Tuned()
-        target = resolve_dtype(dtype, num_params=self.config.num_params, device=self.device)
-        scheme = self._scheme(quantize)
-        precision = Precision(dtype_name(target), None if scheme is None else scheme.name)
+        precision = self.precision(dtype, quantize)
         rows = sorted({1, *getattr(self.settings, "batches", ())})
         return known(self.config, precision, rows, self.device, layers, note)
 

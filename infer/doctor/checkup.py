@@ -13,6 +13,7 @@ from glm2_jax.cli.commands import as_typed
 from glm2_jax.cli.main import named_variable
 from glm2_jax.cli.messages import human_size
 from glm2_jax.config import PRESETS, GLMConfig
+from glm2_jax.extras import pip_install
 from glm2_jax.runtime.compile_cache import OFF, VARIABLE
 from glm2_jax.runtime.machine import Device, Machine
 from infer.memory.budget import DEFAULT_CONTEXT, GPU_SHARE, SHARE_VARIABLES, Budget
@@ -21,7 +22,7 @@ from infer.memory.precision import flags, precisions
 
 OLDEST_DRIVER = {"12": 525, "13": 580}  # NVIDIA's minimum for each CUDA version
 CHECKPOINT_SIZE = 12.5e9
-_INSTALL_CUDA = 'python -m pip install "glm2-jax[cuda]"'
+_INSTALL_CUDA = f"python -m {pip_install('cuda')}"
 _FRESH = "python -m venv fresh && . fresh/bin/activate && pip install -e ."
 _DRIVER = "sudo ubuntu-drivers install && sudo reboot"  # others: the page in the finding
 _UBUNTU = "On Ubuntu (elsewhere: nvidia.com/drivers):"
@@ -179,7 +180,7 @@ def _tpu(machine: Machine, used: bool) -> Iterator[Finding]:
     elif "libtpu" not in machine.packages:
         yield problem(
             "This machine has a TPU, but the package that drives it is missing.",
-            'python -m pip install "glm2-jax[tpu]"',
+            f"python -m {pip_install('tpu')}",
         )
     elif platforms:
         yield problem(f"JAX_PLATFORMS={platforms!r} hides the TPU.", "unset JAX_PLATFORMS")

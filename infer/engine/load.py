@@ -18,6 +18,7 @@ from convert.adapters.adapter import Adapter, attach, open_adapter
 from convert.adapters.prefix import FoundPrefix, attach_prefix, load_prefix
 from convert.hub.find import find_model
 from convert.loading.folder import Folder
+from glm2_jax.cli.bundled import HOME, MODELS
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import UsageError
 from glm2_jax.forms import Forms
@@ -31,7 +32,7 @@ from infer.tuning.automatic import find_forms
 
 def demo_folder() -> Path:
     """Return the folder of the bundled demo model, in the project's own format."""
-    return Path(__file__).parents[1] / "demo"
+    return HOME / MODELS["demo"]
 
 
 def load(

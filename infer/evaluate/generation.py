@@ -17,6 +17,7 @@ from glm2_jax.cli.messages import Progress, note
 from glm2_jax.datasets.encode import Encoder
 from glm2_jax.datasets.rows import parse_conversation, read_rows
 from glm2_jax.errors import InputError, UsageError
+from glm2_jax.extras import pip_install
 from glm2_jax.processes import join
 from infer.engine.answer import Completion, Message
 from infer.engine.params import SamplingParams
@@ -49,7 +50,7 @@ def open_metrics(user: str) -> ModuleType:
         raise UsageError(
             f"{error.name} is not installed, and {user} needs it",
             str(error),
-            "pip install 'glm2-jax[evaluate]'",
+            pip_install("evaluate"),
         ) from None
     return metrics
 

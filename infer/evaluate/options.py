@@ -177,7 +177,8 @@ class RateOptions:
         "leave out raters who fail the attention checks", action="store_true"
     )
     judge: str | None = flag(
-        "let a model rate a sheet; writes FILE.NAME.json, a rating file labelled as a model's",
+        "let a model (a folder, OWNER/NAME, or demo) rate a sheet; writes FILE.NAME.json, a rating "
+        "file labelled as a model's",
         type=path_argument, metavar="DIR|NAME",
     )  # fmt: skip
 

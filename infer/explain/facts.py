@@ -83,6 +83,15 @@ class Bound:
 
 
 @dataclass(frozen=True)
+class Token:
+    """An id with its piece and its text, "" where there is no tokenizer at hand."""
+
+    id: int
+    piece: str  # as SentencePiece writes it ("▁" is a space, "<0x0A>" a byte), or a special's name
+    text: str  # "" for special ids
+
+
+@dataclass(frozen=True)
 class Walk:
     """The model from its configuration alone."""
 
@@ -102,15 +111,7 @@ class Walk:
     decode: Pass
     cache: Cache
     bounds: tuple[Bound, ...]
-
-
-@dataclass(frozen=True)
-class Token:
-    """An id with its piece and its text."""
-
-    id: int
-    piece: str  # as SentencePiece writes it ("▁" is a space, "<0x0A>" a byte), or a special's name
-    text: str  # "" for special ids
+    tokens: tuple[Token, ...] = ()  # of the prompt, where they are known
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """The flags of `python -m infer.explain`. Nothing here imports jax."""
 
 import argparse
-import difflib
 import re
 from dataclasses import dataclass
 from functools import partial
 
+from glm2_jax.choices import unknown_device
 from glm2_jax.cli.arguments import path_argument, positive
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.cli.parser import flag
@@ -25,11 +25,7 @@ def _device(text: str) -> str:
     name = text.lower()
     if name in CARDS or f"{name}-1" in CARDS or re.fullmatch(MESHES, name):
         return name
-    near = difflib.get_close_matches(name, CARDS, n=1)
-    guess = f" (did you mean {near[0]}?)" if near else ""
-    raise argparse.ArgumentTypeError(
-        f"unknown device {text[:40]!r}{guess}; known: {', '.join(CARDS)}"
-    )
+    raise argparse.ArgumentTypeError(unknown_device(text, CARDS))
 
 
 def _heads(text: str) -> tuple[tuple[int, int], ...]:

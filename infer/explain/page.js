@@ -107,7 +107,7 @@ function topBar() {
 
 function intro() {
   const counted = {
-    published: T(", counted with the published tokenizer", "（按官方分词器计）"), asked: T(", as given", "（由参数指定）"), example: T(", an example", "（示例）"), tokenizer: "",
+    published: T(", counted with the published tokenizer", "（按官方分词器计）"), asked: T(", as given", "（由命令行参数指定）"), example: T(", an example", "（示例）"), tokenizer: "",
   }[walk.length_from];
   const pass = passOf(state.pass);
   const s = walk.sizes;
@@ -125,8 +125,8 @@ function intro() {
       card(T("parameters", "参数"), short(walk.params, ""), whole(walk.params)),
       card(T("weights", "权重"), short(walk.weight_bytes, "B"),
         walk.weights_in + (values && values.dtype !== walk.weights_in ? T(`; values below: ${values.dtype}`, `；下方数值按 ${values.dtype} 计算`) : "")),
-      card(T("prompt", "提示词"), `${whole(walk.length)} id${walk.length === 1 || state.lang === "zh" ? "" : "s"}`,
-        (s.B > 1 ? T(`${s.B} rows`, `共 ${s.B} 行`) : T("one row", "一行")) + counted),
+      card(T("prompt", "提示词"), T(`${whole(walk.length)} id${walk.length === 1 ? "" : "s"}`, `${whole(walk.length)} 个 id`),
+        (s.B > 1 ? T(`${s.B} rows`, `批大小 ${s.B}`) : T("one row", "批大小 1")) + counted),
       card(T("operations", "计算量"), short(pass.flops, "FLOP"), perPass),
       card(T("memory traffic", "访存量"), short(pass.bytes, "B"), perPass),
       card(T("arithmetic intensity", "计算强度"), rounded(pass.intensity), T("FLOP per byte", "FLOP / 字节"))));
@@ -151,12 +151,12 @@ function pipeline() {
       click: () => { location.hash = state.layer === layer ? "pipeline" : `layer-${layer}`; },
     }, String(layer))));
   const first = state.pass === "prefill";
-  const given = walk.prompt === null ? "" : T("template and special ids included", "含模板和特殊 id");
+  const given = walk.prompt === null ? "" : T("template and special ids included", "含模板和特殊 token");
   return el("section", { id: "pipeline" },
     el("h2", {}, T("Pipeline", "计算流程")),
     el("p", { class: "muted" }, T(
       "The switch at the top selects the shapes: the complete prompt at once, or one id of the answer. Click a layer to open it.",
-      "顶部的开关切换形状：一次处理完整的提示词，或只处理回答中的一个 id。点击任意一层可展开内部结构。")),
+      "用顶部的开关切换：一次处理整个提示词（预填充），或只处理回答中的一个 id（解码步）。点击任意一层可展开其内部结构。")),
     letters(pass),
     el("div", { class: "pipeline" },
       node("io", "prompt", el("h3", {}, T("prompt", "提示词")),
@@ -164,20 +164,20 @@ function pipeline() {
       node("io", "ids", el("h3", {}, T("ids", "token id")), el("span", { class: "shape" }, shape([B, pass.tokens])),
         el("span", { class: "cost" }, first ? given : T("the last one sampled", "上一步采样得到的 id"))),
       stageNode("io", "embed"),
-      node("blocks", "blocks", el("h3", {}, T(`${L} layers`, `${L} 个相同的层`)), strip,
+      node("blocks", "blocks", el("h3", {}, T(`${L} layers`, `${L} 层（结构相同）`)), strip,
         el("span", { class: "shape" }, shape(find("mlp.add").shape)), el("span", { class: "cost" }, cost(all))),
       stageNode("io", "norm"),
       stageNode("head", "head"),
       node("io", "sampling", el("h3", {}, T("sample one id", "采样得到下一个 id")), el("span", { class: "shape" }, shape([B])),
-        el("span", { class: "cost" }, values ? T("here: the most probable", "此处取概率最高的") : T("from the last position's logits", "根据最后一个位置的 logits"))),
-      el("div", { class: "loop" }, T("the new id is the next input; keys and values stay in the cache; repeat until the end id", "新的 id 作为下一步的输入，之前的键和值保留在缓存中；如此重复，直到结束符"))));
+        el("span", { class: "cost" }, values ? T("here: the most probable", "此处取概率最高的 id") : T("from the last position's logits", "根据最后一个位置的 logits"))),
+      el("div", { class: "loop" }, T("the new id is the next input; keys and values stay in the cache; repeat until the end id", "新的 id 作为下一步的输入，之前的键和值保留在缓存中；如此重复，直到生成结束符"))));
 }
 
 /** What the letters of shapes stand for. */
 function letters(pass) {
   const s = walk.sizes;
   const meanings = [
-    ["B", s.B, T("rows (batch size)", "批大小")], ["T", pass.tokens, T("input tokens per row", "每行输入的 token 数")],
+    ["B", s.B, T("rows (batch size)", "批大小")], ["T", pass.tokens, T("input tokens per row", "每条序列输入的 token 数")],
     ["S", pass.keys, T("tokens in the cache", "缓存中的 token 数")], ["D", s.D, T("hidden size", "隐藏维度")],
     ["N", s.N, T("query heads", "查询头数")], ["K", s.K, T("key/value heads", "键值头数")], ["H", s.H, T("head size", "每头维度")],
     ["F", s.F, T("feed-forward size", "前馈维度")], ["V", s.V, T("vocabulary size", "词表大小")],
@@ -237,17 +237,17 @@ function block() {
       el("button", { type: "button", "data-close": "", click: go(null) }, T("close", "关闭"))),
     el("p", { class: "muted" }, T(
       "All layers have these shapes; only their weights differ. The line on the left is the residual stream, to which the last step of each half adds.",
-      "所有层的形状都相同，只有权重不同。左侧的线是残差流，两部分各在最后一步与它相加。")),
+      "所有层的形状都相同，只有权重不同。左侧的竖线是残差流，注意力和前馈网络的最后一步都加到它上面。")),
     el("div", { class: "block" },
       part("attention", T("Attention", "注意力")),
-      el("div", {}, part("mlp", T("Feed-forward (MLP)", "前馈（MLP）")), values ? layerValues(open) : null)));
+      el("div", {}, part("mlp", T("Feed-forward (MLP)", "前馈网络（MLP）")), values ? layerValues(open) : null)));
 }
 
 const GROUPS = [
   ["--io", "embedding", "词嵌入", (name) => name === "embed"],
   ["--attention", "attention: q, k, v, output", "注意力：q、k、v、输出投影", (name) => /^attention\.([qkvo]|norm|post_norm)$/.test(name)],
   ["--scores", "attention: scores, values, cache", "注意力：分数、加权和、缓存", (name) => /^attention\.(scores|values|cache)$/.test(name)],
-  ["--mlp", "feed-forward", "前馈", (name) => name.startsWith("mlp.")],
+  ["--mlp", "feed-forward", "前馈网络", (name) => name.startsWith("mlp.")],
   ["--head", "norm and head", "归一化与输出层", (name) => name === "head" || name === "norm"],
 ];
 
@@ -279,9 +279,9 @@ function costs() {
     el("h2", {}, T("Parameters, compute and memory traffic", "参数、计算量与访存分布")),
     el("p", { class: "muted" }, T(
       "FLOP: 2 for each multiply-add of a matrix product, masked scores included. Bytes: weights read, keys and values written and read. In prefill the head is counted for every position; generation needs only the last one.",
-      "FLOP：矩阵乘法中每次乘加计 2，被掩码屏蔽的分数也计入。字节：读取的权重，以及读写的键和值。预填充时输出层按全部位置计；生成回答只需要最后一个位置。")),
+      "计算量：矩阵乘法中一次乘加计为 2 FLOP，被掩码屏蔽的分数也计入。访存量：读取的权重，以及读写的键和值。预填充时输出层按全部位置计；生成回答只需要最后一个位置。")),
     el("div", { class: "panel" }, el("div", { class: "bars" },
-      line(T("parameters", "参数"), "params", ""), line("FLOP", "flops", "FLOP"), line(T("bytes", "字节"), "bytes", "B")),
+      line(T("parameters", "参数"), "params", ""), line(T("FLOP", "计算量"), "flops", "FLOP"), line(T("bytes", "访存量"), "bytes", "B")),
     el("div", { class: "legend" }, GROUPS.map(([color, en, zh]) => el("span", {}, painted(color), T(en, zh))))));
 }
 
@@ -298,7 +298,7 @@ function cache() {
         `${binary(cache.now)} after this prompt, ${binary(cache.at_most)} at ${whole(walk.context)} tokens.`,
         `处理完这个提示词后为 ${binary(cache.now)}，${whole(walk.context)} 个 token 时为 ${binary(cache.at_most)}。`) : T(
         `${binary(cache.now)} after this prompt, ${binary(cache.at_most)} at ${whole(walk.context)} tokens: 1/${cache.with_full_heads / cache.per_token} of what one key/value head per query head would take.`,
-        `处理完这个提示词后为 ${binary(cache.now)}，${whole(walk.context)} 个 token 时为 ${binary(cache.at_most)}，仅为每个查询头都有自己的键值头时的 1/${cache.with_full_heads / cache.per_token}。`))));
+        `处理完这个提示词后为 ${binary(cache.now)}，${whole(walk.context)} 个 token 时为 ${binary(cache.at_most)}，仅为每个查询头各配一个键值头时的 1/${cache.with_full_heads / cache.per_token}。`))));
 }
 
 /** Which tokens see which, where the prompt looks ahead: drawn for a prompt that is cut short. */
@@ -370,8 +370,14 @@ function render() {
   const page = document.getElementById("page");
   page.replaceChildren(topBar(), el("main", {},
     intro(), pipeline(), state.layer === null ? null : block(), costs(), everything(), mask(), cache(), devices(), ...realValues()));
+  clearBar();
   drawResiduals();
   drawMaps();
+}
+
+/** Let what is scrolled to stop below the bar, which has two rows on a narrow screen. */
+function clearBar() {
+  document.documentElement.style.scrollPaddingTop = `${document.querySelector(".bar").offsetHeight + 16}px`;
 }
 
 function start() {
@@ -382,7 +388,7 @@ function start() {
     render();
     document.getElementById(location.hash.slice(1))?.scrollIntoView();
   });
-  addEventListener("resize", fit);
+  addEventListener("resize", () => { clearBar(); fit(); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMaps);
   if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();
   document.documentElement.dataset.ready = "yes";

@@ -9,7 +9,7 @@ function realValues() {
     return [el("section", { id: "values" }, el("h2", {}, T("Real values", "实际数值")),
       el("p", { class: "muted" }, T(
         "This page was made from the configuration alone. With a checkpoint (--model DIR) it also shows attention, the predicted next tokens after each layer, and the answer token by token.",
-        "本页仅由配置生成。提供检查点（--model DIR）后，还会显示注意力、每一层之后预测的下一个 token，以及回答的逐 token 生成过程。")))];
+        "本页仅由配置生成。用 --model DIR 指定模型目录后，还会显示注意力、逐层预测的下一个 token，以及回答的逐 token 生成过程。")))];
   }
   return [promptTokens(), attention(), lens(), lengths(), answer()];
 }
@@ -19,7 +19,7 @@ function promptTokens() {
     el("h2", {}, T("The prompt as it is built", "实际输入模型的提示词")),
     el("p", { class: "muted" }, T(
       `The question in its template, and its ${whole(values.tokens.length)} ids. ⏎ is a newline, ␣ a space, <0xF0> one byte of a character that has no piece; ids with a dashed border are special: no text is encoded as one${walk.family === "glm" ? ", except the masks of blanks" : ""}.`,
-      `套用模板后的问题，以及编码得到的 ${whole(values.tokens.length)} 个 id。⏎ 表示换行，␣ 表示空格，<0xF0> 表示词表中没有的字符的一个字节；虚线框是特殊 id，${walk.family === "glm" ? "除 [MASK] 等填空标记外，" : ""}普通文本不会编码成它。`)),
+      `套用模板后的问题，以及编码得到的 ${whole(values.tokens.length)} 个 id。⏎ 表示换行，␣ 表示空格，<0xF0> 表示词表外字符的一个字节；虚线框为特殊 token，${walk.family === "glm" ? "除 [MASK] 等填空标记外，" : ""}普通文本不会编码成它们。`)),
     el("div", { class: "panel" }, el("pre", {}, values.text),
       el("div", { class: "chips" }, values.tokens.map((token, index) => el("span", { class: token.text ? "chip" : "chip special", title: token.piece }, labelOf(token), el("small", {}, String(token.id)),
         values.positions[index].length > 1 ? el("small", {}, `(${values.positions[index].join(", ")})`) : null))),
@@ -28,7 +28,7 @@ function promptTokens() {
 
 function map(head) {
   const from = (t, s) => head.weights[t][s];
-  const readout = el("div", { class: "readout", "aria-live": "polite" }, T("point at a cell", "将指针移到格子上查看"));
+  const readout = el("div", { class: "readout", "aria-live": "polite" }, T("point at a cell", "指向或点按格子查看"));
   const canvas = el("canvas", { class: "map", tabindex: "0", role: "img", "aria-label": T(`attention of layer ${head.layer}, head ${head.head}`, `第 ${head.layer} 层第 ${head.head} 头的注意力`) });
   const group = Math.floor(head.head / (walk.sizes.N / walk.sizes.K));
   canvas.head = head;
@@ -136,8 +136,8 @@ function layerValues(index) {
   const last = layer.stream.length - 1;
   return el("div", { "data-values": index },
     el("p", {}, T("At the last token, the norm of this layer's output is ", "在最后一个 token 处，本层输出的范数为 "), el("b", {}, layer.stream[last].toPrecision(4)),
-      T("; attention added ", "；其中注意力贡献 "), el("b", {}, layer.attention[last].toPrecision(4)), T(", the feed-forward part ", "，前馈贡献 "), el("b", {}, layer.mlp[last].toPrecision(4)),
-      T(". With norm and head applied here, the next token would be ", "。若在此处直接接归一化和输出层，预测的下一个 token 是 "), guess(layer.lens[0], true), T(".", "。")),
+      T("; attention added ", "；其中注意力的增量为 "), el("b", {}, layer.attention[last].toPrecision(4)), T(", the feed-forward part ", "，前馈网络的增量为 "), el("b", {}, layer.mlp[last].toPrecision(4)),
+      T(". With norm and head applied here, the next token would be ", "。若在此处直接接上归一化和输出层，预测的下一个 token 是 "), guess(layer.lens[0], true), T(".", "。")),
     heads.length ? maps(heads) : null);
 }
 
@@ -155,7 +155,7 @@ function lens() {
     el("h2", {}, T("Logit lens: the next token, layer by layer", "Logit lens：逐层预测的下一个 token")),
     el("p", { class: "muted" }, T(
       "What norm and head would predict after each layer, at the end of the prompt. The last row is the model's own prediction; its first choice is framed wherever it appears.",
-      "在提示词末尾，若每一层之后直接接归一化和输出层，会得到怎样的预测。最后一行是模型的实际预测；它的首选在各层出现时加框标出。")),
+      "在提示词末尾，把每一层的输出直接接到归一化和输出层，得到的预测。最后一行是模型的实际预测，其首选 token 在各层中出现时加框标出。")),
     el("div", { class: "panel" }, el("table", { class: "lens" }, values.layers.map((layer) =>
       el("tr", { "data-lens": layer.layer }, el("td", { class: "muted" }, name(layer)), layer.lens.map((one) => el("td", {}, guess(one, one.token.id === final))))))));
 }
@@ -164,7 +164,7 @@ function lengths() {
   const chosen = state.token ?? values.tokens.length - 1;
   const [W, H, left, bottom] = [Math.max(300, Math.min(innerWidth, 1240) - 90), 220, 48, 26];
   const count = values.layers.length;
-  const series = [["--io", T("residual stream", "残差流"), "stream"], ["--attention", T("added by attention", "注意力的贡献"), "attention"], ["--mlp", T("added by feed-forward", "前馈的贡献"), "mlp"]];
+  const series = [["--io", T("residual stream", "残差流"), "stream"], ["--attention", T("added by attention", "注意力的增量"), "attention"], ["--mlp", T("added by feed-forward", "前馈网络的增量"), "mlp"]];
   const most = Math.max(...series.flatMap(([, , key]) => values.layers.map((layer) => layer[key][chosen])), 1e-9);
   const x = (index) => left + ((W - left - 12) * index) / Math.max(count - 1, 1);
   const y = (value) => H - bottom - ((H - bottom - 14) * value) / most;
@@ -189,7 +189,7 @@ function lengths() {
   });
   return el("section", { id: "lengths" },
     el("h2", {}, T("Norm of the residual stream", "残差流的范数")),
-    el("p", { class: "muted" }, T("Euclidean norms after each layer, for the token selected below.", "每一层之后的欧几里得范数；在下方选择 token。")),
+    el("p", { class: "muted" }, T("Euclidean norms after each layer, for the token selected below.", "每一层之后的 L2 范数；点击下方的 token 切换。")),
     el("div", { class: "panel" },
       el("div", { class: "chips" }, values.tokens.map((token, index) => el("button", {
         type: "button", class: "chip", "aria-pressed": String(index === chosen), click: () => { state.token = index; document.getElementById("lengths").replaceWith(lengths()); },

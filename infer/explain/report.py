@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from glm2_jax.cli.messages import cut_to_width, human_size, text_width
-from glm2_jax.cli.tables import fold, table
+from glm2_jax.cli.tables import fitted, fold, table
 from glm2_jax.escape import escape_controls
 from infer.explain.facts import Bound, Candidate, Head, Pass, Stage, Token, Values, Walk
 
@@ -40,6 +40,7 @@ LENGTH_FROM = {
     "published": ", counted with the published tokenizer", "asked": ", as given",
     "example": ", an example",
 }  # fmt: skip
+_IDS = 100  # of a prompt without its values, at most
 _PROMPT = 20  # columns of a prompt in a line, at most
 _PIECE = 12  # columns of a piece, at most
 _LABEL = 13  # columns before a row of a map
@@ -49,7 +50,11 @@ def render(walk: Walk, values: Values | None, columns: int) -> list[str]:
     """Return the lines, at most so many columns wide where no single word is wider."""
     prompt = escape_controls(" ".join((walk.prompt or "").split()))
     walk = replace(walk, model=escape_controls(walk.model), prompt=prompt)
-    lines = [*_head(walk), "", *_stages(walk, columns), ""]
+    lines = [*_head(walk)]
+    if walk.tokens and values is None:  # which have a table of them
+        more = ["..."] * (len(walk.tokens) > _IDS)
+        lines.append(f"its ids: {', '.join([*map(_named, walk.tokens[:_IDS]), *more])}")
+    lines += ["", *_stages(walk, columns), ""]
     lines += [f"{s.title_en}: {s.note_en}" for s in walk.prefill.stages if s.note_en]
     lines += [COUNTED, "", *_totals(walk)]
     lines += ["", *_bounds(walk.bounds, columns)] if walk.bounds else []
@@ -72,22 +77,25 @@ def _head(walk: Walk) -> Iterator[str]:
 
 def _stages(walk: Walk, columns: int) -> Iterator[str]:
     rows: list[list[str]] = [
-        ["stage", "shape", "parameters", "FLOP", "bytes", "step FLOP", "step bytes"]
-    ]
+        ["stage", "shape", "published code", "parameters", "FLOP", "bytes", "step FLOP",
+         "step bytes"]
+    ]  # fmt: skip
     inside = False
     for read, step in zip(walk.prefill.stages, walk.decode.stages, strict=True):
         if read.in_layer != inside:
             inside = read.in_layer
             title = f"each of {walk.sizes['L']} layers:" if inside else "after the layers:"
-            rows.append([title, *[""] * 6])
+            rows.append([title, *[""] * 7])
         figures = f"{read.params:,}", _flop(read), human_size(read.bytes)
         cells = [*figures, _flop(step), human_size(step.bytes)]
         cells = ["-" if cell.strip() in ("0", "0 B") else cell for cell in cells]
-        rows.append([f"  {read.title_en}", _shape(read.shape), *cells])
-        if "C" in read.axes and read.shape[-2] > 1:  # gate and up side by side
-            *rest, two, width = read.shape
-            rows.append(["", f"= {_shape((*rest, two * width))}", *[""] * 5])
-    return _fitted(rows, 2, columns)
+        rows.append([f"  {read.title_en}", _shape(read.shape), _shape(read.reference), *cells])
+    if max(map(text_width, table(rows, 3))) <= columns:
+        yield from table(rows, 3)
+        return
+    yield from fitted([row[:6] for row in rows], 3, columns)  # the prompt, then a step after it
+    yield ""
+    yield from fitted([[row[0], *row[6:]] for row in rows], 1, columns)
 
 
 def _totals(walk: Walk) -> Iterator[str]:
@@ -133,7 +141,7 @@ def _bounds(bounds: Sequence[Bound], columns: int) -> Iterator[str]:
         ("  limited by", lambda b: b.decode_limit.replace("unknown", "?")),
         ("tokens/s <=", lambda b: f"{b.tokens_per_s:,.0f}"),
     )
-    yield from _fitted([[name, *map(cell, bounds)] for name, cell in rows], 1, columns)
+    yield from fitted([[name, *map(cell, bounds)] for name, cell in rows], 1, columns)
     yield from ("", BOUND)
     if any(bound.flops is None for bound in bounds):
         yield UNKNOWN
@@ -160,7 +168,7 @@ def _values(values: Values, columns: int) -> Iterator[str]:
         norms = (f"{part[-1]:.3g}" for part in (one.stream, one.attention, one.mlp))
         name = "embed" if one.layer < 0 else str(one.layer)
         layers.append([name, *map(_likely, one.lens), *norms])
-    yield from ("", "layer by layer:", *_fitted(layers, 1 + count, columns), NORMS)
+    yield from ("", "layer by layer:", *fitted(layers, 1 + count, columns), NORMS)
     for head in values.heads:
         yield from ("", *_map(head, values, columns))
     if values.heads:
@@ -170,7 +178,7 @@ def _values(values: Values, columns: int) -> Iterator[str]:
     for number, step in enumerate(values.steps, 1):
         others = [c for c in step.alternatives if c.token != step.chosen.token]
         answer.append([str(number), *map(_likely, (step.chosen, *others[: count - 1]))])
-    yield from _fitted(answer, 1 + count, columns)
+    yield from fitted(answer, 1 + count, columns)
     ends = {"stop": "ended by its end token", "length": "ended by the length limit"}
     yield ends.get(values.end, values.end)
     yield from f"answer: {escape_controls(values.answer, chr(10))}".split("\n")
@@ -197,27 +205,12 @@ def _map(head: Head, values: Values, columns: int) -> Iterator[str]:
     yield from table(rows, texts=3)
 
 
-def _fitted(rows: Sequence[Sequence[str]], texts: int, columns: int) -> Iterator[str]:
-    """Write a table; where it is too wide, as several with the same first column.
-
-    The first `texts` columns are text, the others numbers.
-    """
-    first, *rest = zip(*rows, strict=True)
-    while rest:
-        count = len(rest)
-        while True:
-            lines = table(list(zip(first, *rest[:count], strict=True)), texts)
-            if count == 1 or max(map(text_width, lines)) <= columns:
-                break
-            count -= 1
-        yield from lines
-        rest, texts = rest[count:], max(texts - count, 1)
-        if rest:
-            yield ""
-
-
 def _shape(shape: Sequence[int]) -> str:
     return f"[{', '.join(map(str, shape))}]"
+
+
+def _named(token: Token) -> str:
+    return f"{_piece(token)}={token.id}".removeprefix("=")
 
 
 def _piece(token: Token) -> str:

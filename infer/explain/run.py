@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 
+from convert.files.vocabulary import read_vocabulary
 from convert.loading.folder import check_template, open_folder, read_architecture, read_config
 from glm2_jax.cli.files import require_file_place
 from glm2_jax.cli.messages import note
@@ -20,27 +22,19 @@ from glm2_jax.schemes import asked_scheme
 from glm2_jax.text.prompt import build_prompt, with_blank
 from glm2_jax.text.tokenizer import Tokenizer
 from infer.engine.load import demo_folder
+from infer.explain.facts import Token
 from infer.explain.options import DEVICES, PROMPT, Settings
 from infer.explain.page import write_page
 from infer.explain.report import render
-from infer.explain.values import longest, make_values
+from infer.explain.values import longest, make_values, named
 from infer.explain.walk import make_walk
+from infer.known_ids import HELLO, greeting_ids
 from infer.memory.budget import find_budget
 from infer.memory.cards import CARDS, LINKS, Card, find_links
 from infer.memory.mesh_cost import mesh_cost, report
 from infer.memory.precision import Precision
 from infer.startup import find_choice, note_demo_model, open_engine
 
-# Ids of PROMPT in a template, by the tokenizers that these families were published with.
-PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4, "glm4": 6, "chatglm": 4}
-# Size of the vocabulary, and the templates in which its tokenizer gives so many.
-_PUBLISHED = {
-    "chatglm2": (65024, ("chatglm2", "raw")),
-    "chatglm3": (65024, ("chatglm2", "chatglm3", "raw")),
-    "glm4": (151552, ("glm4",)),
-    "glm4-0414": (151552, ("glm4",)),
-    "chatglm": (130528, ("chatglm", "raw")),
-}
 EXAMPLE_LENGTH = 128  # without a prompt, where the number of ids of PROMPT is not known
 MESH_LENGTH = 2048  # tokens of a row with --mesh by default, where the context has room
 
@@ -81,6 +75,7 @@ def run(settings: Settings) -> int:
             "Shorten the prompt.",
         )
     heads = _heads(settings.heads, subject.config)
+    tokens = _tokens(subject.tokenizer, ids or ())
     if not subject.weights:
         ids = None
     elif ids is not None and len(ids) >= (most := longest(subject.config)):
@@ -100,6 +95,7 @@ def run(settings: Settings) -> int:
         prompt=None if source in ("asked", "example") else settings.prompt or PROMPT,
         length_from=source,
         cards=_cards(settings.device or DEVICES),
+        tokens=tokens,
     )
     values = None
     if ids is not None:
@@ -126,7 +122,11 @@ def find_subject(settings: Settings) -> Subject:
         config, stored = read_config(settings.config, choice.rope_kind, choice.family)
         if choice.template is not None:
             check_template(config, choice.template, asked=True)
-        return Subject(settings.config, choice, config, stored, None, choice.template, False)
+        tokenizer, template, folder = None, choice.template, Path(settings.config).parent
+        if os.path.basename(settings.config) == "config.json" and read_vocabulary(folder):
+            found = read_architecture(folder, **choice.form)
+            tokenizer, template = found.tokenizer, found.template
+        return Subject(settings.config, choice, config, stored, tokenizer, template, False)
     note_demo_model(choice)
     name = "the bundled demo model" if choice.path is None else choice.path
     choice = find_choice(choice)
@@ -156,20 +156,26 @@ def _prompt(settings: Settings, subject: Subject) -> tuple[list[int] | None, int
         ids = build_prompt(subject.tokenizer, subject.template, text)
         return ids, len(ids), "tokenizer"
     config = subject.config
-    template = subject.template or config.default_template
-    size, templates = _PUBLISHED.get(config.family, (None, ()))
-    if size == config.vocab_size and template in templates and prompt == PROMPT:
-        return None, PUBLISHED_LENGTHS[template], "published"
+    known = greeting_ids(config, subject.template or config.default_template)
+    if known is not None and prompt == HELLO:
+        return known, len(known), "published"
     if settings.prompt is not None:
         raise UsageError(
             "The length of this prompt is not known.",
-            f"The model's tokenizer is needed to count its ids; without one only {PROMPT} is "
-            f"known, for published {', '.join(_PUBLISHED)} models.",
+            f"The model's tokenizer is needed to count its ids; without one only {HELLO} is "
+            "known, for most of the published models.",
             "Name a folder with tokenizer.model (--model DIR), or give the length: --length N.",
         )
     length = min(EXAMPLE_LENGTH, config.seq_length - 1)
-    note(f"this model has no tokenizer: the example is a prompt of {length} ids (--length N)")
+    note(
+        "without its tokenizer the ids of a prompt are not known for this model: the example is a "
+        f"prompt of {length} ids (--length N); --model with a folder that has it shows them"
+    )
     return None, length, "example"
+
+
+def _tokens(tokenizer: Tokenizer | None, ids: Sequence[int]) -> list[Token]:
+    return [Token(i, "", "") if tokenizer is None else named(tokenizer, i) for i in ids]
 
 
 def _cards(names: Sequence[str]) -> list[Card]:

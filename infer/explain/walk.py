@@ -19,7 +19,7 @@ from glm2_jax import GLMConfig, KVCache
 from glm2_jax.context import token_context
 from glm2_jax.parts import parts_of
 from infer.explain import stages
-from infer.explain.facts import Bound, Cache, Pass, Stage, Walk
+from infer.explain.facts import Bound, Cache, Pass, Stage, Token, Walk
 from infer.explain.words import words_of
 from infer.memory.budget import find_budget
 from infer.memory.cards import Card
@@ -39,9 +39,10 @@ def make_walk(
     prompt: str | None = None,
     length_from: str = "asked",
     cards: Sequence[Card] = (),
+    tokens: Sequence[Token] = (),
 ) -> Walk:
     """Return the walk for `batch` prompts of `length` ids, with bytes counted in a precision, and
-    the minimum time on each of the cards; `model`, `prompt` and `length_from` as in `Walk`."""
+    the minimum time on each of the cards; the others as in `Walk`."""
     c = config
     sizes = {
         "B": batch, "L": c.num_layers, "D": c.hidden_size, "N": c.num_heads, "K": c.num_kv_heads,
@@ -73,6 +74,7 @@ def make_walk(
             at_most=token * config.seq_length * batch,
         ),
         bounds=tuple(_bound(card, config, precision, batch, prefill, decode) for card in cards),
+        tokens=tuple(tokens),
     )
 
 

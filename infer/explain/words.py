@@ -111,7 +111,7 @@ WORDS = {
     ),
     "mlp.add": Words("mlp", "residual add", "残差相加", "BTD", "T B D"),
     "norm": Words(
-        "output", "final RMSNorm", "最后的 RMSNorm", "BTD", "T B D",
+        "output", "final RMSNorm", "最终 RMSNorm", "BTD", "T B D",
         ("final_norm", "final_norm_bias"),
     ),
     "head": Words(
@@ -138,7 +138,7 @@ _VARIANTS: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {
             "note_zh": "减去均值，除以标准差；有权重和偏置。",
         },
         "mlp.norm": _LAYER_NORM,
-        "norm": {"title_en": "final LayerNorm", "title_zh": "最后的 LayerNorm"},
+        "norm": {"title_en": "final LayerNorm", "title_zh": "最终 LayerNorm"},
     },
     ("normed_residual", True): {
         "attention.add": {

@@ -20,6 +20,7 @@ from glm2_jax.ideas import Idea, place_of
 from infer.lab.sample import Sample
 
 _WORDS = {"true": True, "false": False}
+_OUTSIDE = "It was raised outside of the file, with what the idea returned or keeps."
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,12 @@ def _read(path: str) -> IdeaFile:
 
 
 def _value(flag: str, text: str, default: Any) -> Any:
-    """Return a value of the type of a default."""
+    """Return a value of the type of a default; without one, a number where it looks like one."""
+    if default is None:
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                return number(text)
+        return text
     kind = type(default)
     try:
         return _WORDS[text.lower()] if kind is bool else kind(text)
@@ -140,7 +146,8 @@ def _value(flag: str, text: str, default: Any) -> Any:
 
 @contextlib.contextmanager
 def blamed(path: str) -> Iterator[None]:
-    """Turn what a file of an idea raises into an InputError that names its line."""
+    """Turn what a file of an idea raises into an InputError that names its line, or the file where
+    the error came up outside of it."""
     try:
         yield
     except (Exception, SystemExit) as error:  # an idea must not end the command
@@ -149,15 +156,18 @@ def blamed(path: str) -> Iterator[None]:
         ended = isinstance(error, SystemExit)
         if named or isinstance(error, DeviceError) or is_out_of_memory(error):
             raise
-        if not frames and not ended:
+        if not frames and isinstance(error, GLMError | OSError):
             raise
         place = f"{path}:{frames[-1].lineno}" if frames else path
         if isinstance(error, GLMError):
             what, why = f"{place}: {error.what}", error.why.splitlines()
             raise InputError(what, why, error.fix) from error
         lines = str(error).strip().splitlines() or [""]
+        why = "" if ended else _OUTSIDE
+        if frames:
+            why = f"In {frames[-1].name}: {frames[-1].line}"
         raise InputError(
             f"{place}: {type(error).__name__}: {lines[0]}",
-            f"In {frames[-1].name}: {frames[-1].line}" if frames else "",
+            why,
             "Correct the file; --debug shows the traceback.",
         ) from error

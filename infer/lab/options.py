@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from glm2_jax.cli.arguments import path_argument, positive, whole
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.cli.parser import flag
+from glm2_jax.extras import pip_install
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -47,6 +48,6 @@ class Settings:
     )
     json: bool = flag("print one JSON object instead of a table", action="store_true")
     plot: str | None = flag(
-        "draw quality against speed, .png, .svg or .pdf; needs pip install 'glm2-jax[plot]'",
+        f"draw quality against speed, .png, .svg or .pdf; needs {pip_install('plot')}",
         type=path_argument, metavar="F",
     )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glm2_jax.cli.messages import human_size
-from glm2_jax.cli.tables import columns, fold, table
+from glm2_jax.cli.tables import columns, fitted, fold
 from glm2_jax.escape import join_lines, json_line
 from glm2_jax.ideas import Reads
 
@@ -89,9 +89,10 @@ def show(report: Report, as_json: bool) -> None:
         print(json_line({**report.about, "context": report.context, "ideas": found}), flush=True)
         return
     lines = [f"{name}: {text}" for name, text in report.about.items()]
-    lines += ["", *table([HEADER, *map(_cells, report.results)], texts=1), ""]
+    lines = [part for line in lines for part in fold(line, columns())]
+    lines += ["", *fitted([HEADER, *map(_cells, report.results)], 1, columns()), ""]
     for result in report.results:
-        said = [f"{name} {value}" for name, value in result.options.items()]
+        said = [f"{name} {x}" for name, x in result.options.items() if x is not None]
         said += [f"{name} {value:.4g}" for name, value in result.told.items()]
         if result.same_answers is not None:
             said.append(f"greedy answers the same: {'yes' if result.same_answers else 'no'}")

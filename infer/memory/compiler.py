@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from glm2_jax.config import GLMConfig
+from glm2_jax.extras import pip_install
 from infer.memory.cards import CARDS
 from infer.memory.plan import Plan
 from infer.memory.precision import Precision
 
 EXTRA = (
-    "The compiler's own figures are available without a TPU, with an extra: "
-    "pip install 'glm2-jax[tpu-compile]'"
+    "The compiler's own figures are available without a TPU, with its package: "
+    f"{pip_install('tpu-compile')}"
 )
 ABOUT = (
     "step and prompt are XLA's peak, weights and cache included, drawing a token left out; "

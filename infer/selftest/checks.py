@@ -26,16 +26,10 @@ from glm2_jax.text.prompt import build_prompt
 from glm2_jax.text.template import find_template
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
+from infer.known_ids import HELLO, known_tokens
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
-from infer.selftest.known import (
-    HELLO,
-    Answer,
-    claimed_preset,
-    known_answers,
-    known_tokens,
-    same_text,
-)
+from infer.selftest.known import Answer, claimed_preset, known_answers, same_text
 
 PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
 ANSWER_TOKENS = 64

@@ -100,13 +100,12 @@ def model_name(model: str | None) -> str:
 
 def _about(engine: Engine) -> dict[str, Any]:
     config, summary = engine.config, engine.checkpoint.summary
-    rope = f"{config.rope_kind}, ratio {config.rope_ratio:g}"
     return {
         "family": config.family,
         "parameters": config.num_params,
         "layers": config.num_layers,
         "vocabulary": config.vocab_size,
-        "rope": "none, positions are learned" if config.block.rotary == "none" else rope,
+        "rope": config.rope_text,
         "template": engine.template,
         "layout": summary.layout,
         "stored_dtype": summary.stored_dtype,

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from glm2_jax.cli import arguments, interrupt
 from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import UsageError
+from glm2_jax.extras import pip_install
 from infer.serve.options import PROG, Settings, parser
 
 _NEEDED = ("fastapi", "prometheus_client", "sse_starlette", "uvicorn")
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise UsageError(
             f"{PROG} needs packages that are not installed: {', '.join(missing)}",
-            fix="Install them: pip install 'glm2-jax[serve]'",
+            fix=f"Install them: {pip_install('serve')}",
         )
     arguments.choose_platform(settings.choice.device)
     from infer.serve import run

@@ -56,7 +56,7 @@ def find_forms(
         names.append("bfloat16")
     precisions = [Precision(name, None if scheme is None else scheme.name) for name in names]
     if options.tuned != AUTO:
-        return _from_file(Path(options.tuned), folder, choice, precisions, device)
+        return _from_file(options.tuned, folder, choice, precisions, device)
     config, steps = folder.config, sorted({1, min(4, rows), rows})  # few rows are computed alone
     found = {
         precision.dtype: known(config, precision, steps, device, choice.layers, note)
@@ -106,17 +106,29 @@ def known(
     )
     layers = layers or faster_layers(device.platform, rows=max(rows))
     tuned = tune(config, precision, rows, device, layers=layers)
+    tuned = dataclasses.replace(tuned, training=found.training if found else ())
     store.keep(key, tuned)
     return tuned
 
 
+def stored(asked: str, config: GLMConfig, precision: Precision, device: Any) -> Tuned:
+    """Return what is known without measuring: kept, or in a file; `asked` is that of --tuned.
+
+    Raises CheckpointError for a file of another device or model.
+    """
+    if asked == OFF:
+        return Tuned()
+    key = store.key_of(config, precision, device)
+    return (store.find(key) or Tuned()) if asked == AUTO else store.read(Path(asked), key)
+
+
 def _from_file(
-    path: Path, folder: Folder, choice: ModelChoice, precisions: Sequence[Precision], device: Any
+    path: str, folder: Folder, choice: ModelChoice, precisions: Sequence[Precision], device: Any
 ) -> tuple[ModelChoice, Forms]:
     problem: CheckpointError | None = None
     for precision in precisions:
         try:
-            tuned = store.read(path, store.key_of(folder.config, precision, device))
+            tuned = stored(path, folder.config, precision, device)
             return _with_layers(dataclasses.replace(choice, dtype=precision.dtype), tuned)
         except CheckpointError as error:
             problem = problem or error

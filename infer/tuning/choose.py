@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
-Run = Callable[[], Any]  # computes it once and returns arrays, of which the first is compared
+Run = Callable[[], Any]  # computes it once and returns arrays, of which the first are compared
 Clock = Callable[[str, Run], float]  # returns the seconds of a run of that name
 
 ROUNDS, SECONDS = 15, 0.4  # at most; at least `_LEAST` rounds
@@ -52,7 +52,7 @@ def wall_clock(name: str, run: Run) -> float:
 def choose(
     forms: Mapping[str, Callable[[], Run]],
     usual: str,
-    exact: np.ndarray,
+    exact: np.ndarray | Sequence[np.ndarray],
     tolerance: float,
     clock: Clock = wall_clock,
     gain: float = GAIN,
@@ -62,7 +62,8 @@ def choose(
     Args:
         forms: compiles a form and returns what runs it. That fails where a form does not exist.
         usual: the form among them that stays unless another one is clearly faster.
-        exact: the right result, of which runs may differ by `tolerance` times the largest value.
+        exact: the right result, of which runs may differ by `tolerance` times the largest value;
+            or several ones, each with its own largest value.
         gain: the share of the usual form's time that another one may take at most.
     """
     runs: dict[str, Run] = {}
@@ -87,9 +88,15 @@ def choose(
     return Choice(best, usual, seconds, refused)
 
 
-def _difference(result: Any, exact: np.ndarray, tolerance: float) -> str:
+def _difference(result: Any, exact: np.ndarray | Sequence[np.ndarray], tolerance: float) -> str:
     """Say how far a result is from the right one; "" = near enough."""
-    found = np.asarray(jax.tree.leaves(result)[0], np.float32)
+    all_exact = [exact] if isinstance(exact, np.ndarray) else exact
+    pairs = zip(jax.tree.leaves(result), all_exact, strict=False)
+    return next(filter(None, (_difference_of(*pair, tolerance) for pair in pairs)), "")
+
+
+def _difference_of(result: Any, exact: np.ndarray, tolerance: float) -> str:
+    found = np.asarray(result, np.float32)
     if found.shape != exact.shape:
         return f"returned the shape {found.shape} in place of {exact.shape}"
     worst, largest = np.max(np.abs(found - exact)), np.max(np.abs(exact))

@@ -24,7 +24,8 @@ def kept_lines() -> tuple[str, ...]:
 
 
 def _line(found: dict) -> str:
-    key, measured = found["key"], found["tuned"]["measured"]
+    key, tuned = found["key"], found["tuned"]
+    measured = [*tuned["measured"], *(line for one in tuned["training"] for line in one[2:])]
     model = key["model"]
     changed = [
         f"{what}: {choice['name']} ({seconds[choice['usual']] / seconds[choice['name']]:.2f} times)"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,9 +35,9 @@ from infer.tuning.random_params import random_params, random_weight
 PROMPT = 64  # rows that stand for a prompt: from there on every form is bound by arithmetic
 _BYTES = 2**26  # of copies of a weight that are multiplied in turn, so that no cache holds them
 _COPIES = 8  # at most
-_TOLERANCE = {4: 1e-4, 2: 2e-2}  # share of the largest value, by the bytes of an activation
-_LAYERS = 2  # of the model whose steps are timed
-_STEP_GAIN = 0.97  # the head, one for all layers of a model, is most of such a step
+TOLERANCE = {4: 1e-4, 2: 2e-2}  # share of the largest value, by the bytes of an activation
+LAYERS = 2  # of the model whose steps are timed
+STEP_GAIN = 0.97  # the head, one for all layers of a model, is most of such a step
 _SLOTS = 512  # of its cache
 # Tokens of a prompt that are read at once, the usual number first: more would need more memory than
 # was planned.
@@ -51,6 +51,34 @@ class Measured(NamedTuple):
     what: str  # "1 x [6848, 1024] int8"
     choice: Choice
 
+    def describe(self) -> str:
+        """Return it in words."""
+        choice = self.choice
+        gain = f", {choice.gain:.2f} times as fast" if choice.name != choice.usual else ""
+        wrong = "".join(f"; {name}: {why}" for name, why in choice.refused.items())
+        return f"{self.what}: {choice.name}{gain}{wrong}"
+
+
+class Trained(NamedTuple):
+    """What was chosen for training rows of a length."""
+
+    rows: int
+    length: int
+    attention: Measured
+    remat: Measured  # the names of its forms are those of `choices.REMAT`
+
+    @property
+    def form(self) -> str | None:
+        """The form of attention; None = the usual one."""
+        name = self.attention.choice.name
+        return None if name == USUAL else name
+
+    @property
+    def order(self) -> list[str]:
+        """What the backward pass may recompute, the fastest first."""
+        choice = self.remat.choice
+        return sorted(choice.seconds, key=lambda name: (name != choice.name, choice.seconds[name]))
+
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
@@ -60,6 +88,7 @@ class Tuned:
         rows: the numbers of rows of a step for which it was measured.
         layers: "stacked" or "list"; None = what is usual.
         seconds: of a step of one row of a model of few layers, to compare dtypes with.
+        training: see `infer.tuning.training`.
     """
 
     forms: Forms = Forms()
@@ -67,6 +96,20 @@ class Tuned:
     layers: str | None = None
     seconds: float = 0.0
     measured: tuple[Measured, ...] = ()
+    training: tuple[Trained, ...] = ()
+
+    def trained(self, rows: int, length: int) -> Trained | None:
+        """Return what was measured for the nearest shape of a batch, by the ratios of its sizes."""
+
+        def distance(one: Trained) -> float:
+            return abs(math.log(one.rows / rows)) + abs(math.log(one.length / length))
+
+        return min(self.training, key=distance, default=None)
+
+    @property
+    def lines(self) -> tuple[Measured, ...]:
+        """All that was measured."""
+        return (*self.measured, *(line for one in self.training for line in one[2:]))
 
 
 def tune(
@@ -87,12 +130,13 @@ def tune(
             for count in sorted({*rows, PROMPT}):
                 product, choice = _product(weight, count, precision, device, clock)
                 found.append(Measured(_label(product), choice))
-                note(_line(found[-1]))
+                note(found[-1].describe())
                 products.append((product, None if choice.name == choice.usual else choice.name))
         attention = []
-        for seen, choice in _attention(config, precision, device, clock):
+        for seen in (Attention(512, 1024), Attention(1, 1024), Attention(512, 512, whole=True)):
+            choice = measure_attention(config, precision, seen, 1, device, clock)
             found.append(Measured(seen.describe(), choice))
-            note(_line(found[-1]))
+            note(found[-1].describe())
             if choice.name != USUAL:
                 attention.append((seen, choice.name))
             elif seen.whole and attention:  # what is best for others does not count
@@ -101,8 +145,8 @@ def tune(
         best_layers, seconds = None, 0.0
         for count in sorted(rows, reverse=True):
             step = _step(config, precision, count, forms, layers, device, clock)
-            found.append(Measured(f"a step of {count}, {_LAYERS} layers", step))
-            note(_line(found[-1]))
+            found.append(Measured(f"a step of {count}, {LAYERS} layers", step))
+            note(found[-1].describe())
             seconds = step.seconds.get(step.name, 0.0)
             best_layers = best_layers or step.name.split()[-1]
             if step.name.startswith(USUAL):  # what is faster alone was not faster together
@@ -111,7 +155,7 @@ def tune(
         if device.platform != "cpu" and config.seq_length >= _CHUNKS[0]:  # there it takes minutes
             choice = _chunk(config, precision, forms, best_layers or layers, device, clock)
             found.append(Measured(f"a prompt of {_CHUNKS[0]}, tokens at once", choice))
-            note(_line(found[-1]))
+            note(found[-1].describe())
             chunk = None if choice.name == choice.usual else int(choice.name)
             forms = dataclasses.replace(forms, chunk=chunk)
     return Tuned(forms, tuple(sorted(rows)), best_layers, seconds, tuple(found))
@@ -120,13 +164,6 @@ def tune(
 def _label(product: Product) -> str:
     R, C = product.shape
     return f"{product.rows} x [{R}, {C}] {product.weight}"
-
-
-def _line(measured: Measured) -> str:
-    choice = measured.choice
-    gain = f", {choice.gain:.2f} times as fast" if choice.name != choice.usual else ""
-    wrong = "".join(f"; {name}: {why}" for name, why in choice.refused.items())
-    return f"{measured.what}: {choice.name}{gain}{wrong}"
 
 
 def _without(forms: Forms, rows: int) -> Forms:
@@ -182,7 +219,7 @@ def _product(
         def products(xs: Any, weights: Any) -> Any:
             return [compute(x, w, None) for x, w in zip(xs, weights, strict=True)]
 
-        program = _compiled(products, device, xs[:group], weights[:group])
+        program = compiled(products, device, xs[:group], weights[:group])
         parts = [slice(at, at + group) for at in range(0, copies, group)]
         return lambda: [program(xs[part], weights[part]) for part in parts]
 
@@ -193,42 +230,38 @@ def _product(
         {name: partial(build, name) for name in names},
         usual,
         np.asarray(exact(xs[0], weights[0])),
-        _TOLERANCE[dtype.itemsize],
+        TOLERANCE[dtype.itemsize],
         clock,
     )
     return describe(xs[0], weights[0]), choice
 
 
-def _attention(
-    config: GLMConfig, precision: Precision, device: Any, clock: Clock
-) -> Iterator[tuple[Attention, Choice]]:
-    """Measure the forms of attention: of a prompt's part, of one token, and of a complete text with
-    its gradients, as in training."""
+def measure_attention(
+    config: GLMConfig, precision: Precision, seen: Attention, rows: int, device: Any, clock: Clock
+) -> Choice:
+    """Measure the forms of attention; of a complete text with its gradients, as in training."""
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     dtype = jnp.dtype(precision.dtype)
-    for seen in (Attention(512, 1024), Attention(1, 1024), Attention(512, 512, whole=True)):
-        T, S = seen.queries, seen.keys
-        stored = dtype if seen.whole else cache_dtype(device.platform, dtype)
-        keys = jax.random.split(jax.random.key(1), 3)
-        q = jax.random.normal(keys[0], (1, T, N, H), jnp.float32).astype(dtype)
-        k, v = (
-            jax.random.normal(key, (1, K, S, H), jnp.float32).astype(stored) for key in keys[1:]
-        )
-        places = jnp.arange(S - T, S, dtype=jnp.int32)[None]
-        queries, stored_keys = jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32)
-        visible = Visibility(places, queries, stored_keys, whole=seen.whole)
-        names = attention_forms.candidates(device.platform, dtype, seen)
-        forms = {USUAL: attend} | {name: ATTENTION[name] for name in names}
-        if seen.whole:
-            forms = {name: partial(_with_gradients, form) for name, form in forms.items()}
+    T, S = seen.queries, seen.keys
+    stored = dtype if seen.whole else cache_dtype(device.platform, dtype)
+    keys = jax.random.split(jax.random.key(1), 3)
+    q = jax.random.normal(keys[0], (rows, T, N, H), jnp.float32).astype(dtype)
+    k, v = (jax.random.normal(key, (rows, K, S, H), jnp.float32).astype(stored) for key in keys[1:])
+    places = jnp.arange(S - T, S, dtype=jnp.int32)[None].repeat(rows, axis=0)
+    queries, stored_keys = jnp.ones((rows, T), jnp.int32), jnp.ones((rows, S), jnp.int32)
+    visible = Visibility(places, queries, stored_keys, whole=seen.whole)
+    names = attention_forms.candidates(device.platform, dtype, seen)
+    forms = {USUAL: attend} | {name: ATTENTION[name] for name in names}
+    if seen.whole:
+        forms = {name: partial(_with_gradients, form) for name, form in forms.items()}
 
-        def build(form: Callable, args: Any = (q, k, v, visible)) -> Callable[[], Any]:
-            program = _compiled(form, device, *args)
-            return lambda: program(*args)
+    def build(form: Callable, args: Any = (q, k, v, visible)) -> Callable[[], Any]:
+        program = compiled(form, device, *args)
+        return lambda: program(*args)
 
-        exact = np.asarray(jax.jit(forms[USUAL])(q, k, v, visible), np.float32)
-        builds = {name: partial(build, form) for name, form in forms.items()}
-        yield seen, choose(builds, USUAL, exact, _TOLERANCE[dtype.itemsize], clock)
+    exact = np.asarray(jax.jit(forms[USUAL])(q, k, v, visible), np.float32)
+    builds = {name: partial(build, form) for name, form in forms.items()}
+    return choose(builds, USUAL, exact, TOLERANCE[dtype.itemsize], clock)
 
 
 def _with_gradients(
@@ -239,7 +272,7 @@ def _with_gradients(
     return jnp.concatenate([x.ravel() for x in (out, *gradients(out))])
 
 
-def _compiled(function: Callable, device: Any, *args: Any, **named: Any) -> Callable:
+def compiled(function: Callable, device: Any, *args: Any, **named: Any) -> Callable:
     """Return the program for these arguments, compiled as those of an engine are."""
     options: Any = compiler_options(device.platform)
     return jax.jit(function).lower(*args, **named).compile(compiler_options=options)
@@ -256,7 +289,7 @@ def _step(
 ) -> Choice:
     """Measure steps of a model of few layers: in usual forms, in the chosen ones, and these with
     the other layout of the layers."""
-    few = dataclasses.replace(config, num_layers=_LAYERS, forms=Forms())
+    few = dataclasses.replace(config, num_layers=LAYERS, forms=Forms())
     other = {"list": "stacked", "stacked": "list"}[layers]
     kinds = {f"{USUAL}, {layers}": (few, layers)}
     if forms.describe():
@@ -272,20 +305,20 @@ def _step(
     def build(config: GLMConfig, layout: str) -> Callable[[], Any]:
         params = unstack_layers(stacked) if layout == "list" else stacked
         args = params, tokens, jnp.zeros(rows, jnp.int32)
-        program = _compiled(partial(last_logits, config), device, *args, cache=cache)
+        program = compiled(partial(last_logits, config), device, *args, cache=cache)
         return lambda: program(*args, cache=cache)
 
     builds = {name: partial(build, *kind) for name, kind in kinds.items()}
     usual = next(iter(builds))
     exact = np.asarray(builds[usual]()()[0])
-    return choose(builds, usual, exact, 3 * _TOLERANCE[dtype.itemsize], clock, _STEP_GAIN)
+    return choose(builds, usual, exact, 3 * TOLERANCE[dtype.itemsize], clock, STEP_GAIN)
 
 
 def _chunk(
     config: GLMConfig, precision: Precision, forms: Forms, layers: str, device: Any, clock: Clock
 ) -> Choice:
     """Measure reading a prompt in parts of so many tokens, by a model of few layers."""
-    few = dataclasses.replace(config, num_layers=_LAYERS, forms=forms)
+    few = dataclasses.replace(config, num_layers=LAYERS, forms=forms)
     dtype, length = jnp.dtype(precision.dtype), _CHUNKS[0]
     tokens = jnp.arange(length, dtype=jnp.int32)[None] % config.vocab_size
     empty = KVCache.new(few, 1, length, cache_dtype(device.platform, dtype), None)
@@ -296,7 +329,7 @@ def _chunk(
     def build(width: int) -> Callable[[], Any]:
         parts = [tokens[:, start : start + width] for start in range(0, length, width)]
         last = jnp.full(1, width - 1, jnp.int32)
-        read = _compiled(partial(last_logits, few), device, params, parts[0], last, cache=empty)
+        read = compiled(partial(last_logits, few), device, params, parts[0], last, cache=empty)
 
         def run() -> Any:
             cache, logits = empty, None
@@ -309,4 +342,4 @@ def _chunk(
     builds = {str(width): partial(build, width) for width in _CHUNKS}
     usual = str(length)
     exact = np.asarray(builds[usual]()())
-    return choose(builds, usual, exact, 3 * _TOLERANCE[dtype.itemsize], clock)
+    return choose(builds, usual, exact, 3 * TOLERANCE[dtype.itemsize], clock)

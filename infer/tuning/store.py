@@ -19,6 +19,7 @@ import jax
 
 from glm2_jax import GLMConfig
 from glm2_jax.attention import ATTENTION
+from glm2_jax.choices import REMAT
 from glm2_jax.errors import CheckpointError
 from glm2_jax.forms import Attention, Forms, Product
 from glm2_jax.products import PRODUCTS
@@ -28,7 +29,7 @@ from glm2_jax.runtime.machine import cores, describe_device, vector_units
 from infer.memory.precision import Precision
 from infer.tuning.choose import Choice
 from infer.tuning.kept import VARIABLE
-from infer.tuning.measure import Measured, Tuned
+from infer.tuning.measure import Measured, Trained, Tuned
 
 Key = dict[str, Any]
 
@@ -44,7 +45,7 @@ def key_of(config: GLMConfig, precision: Precision, device: Any) -> Key:
         "device": describe_device(device),
         "host": host,
         "jax": [jax.__version__, getattr(device.client, "platform_version", "")],
-        "forms": sorted([*PRODUCTS, *ATTENTION]),
+        "forms": sorted([*PRODUCTS, *ATTENTION, *REMAT]),
         "model": {name: getattr(config, name) for name in sizes} | {"mlp": config.block.mlp},
         "weights": [precision.dtype, precision.quantize],
     }
@@ -121,8 +122,21 @@ def _as_json(tuned: Tuned) -> dict[str, Any]:
         "rows": tuned.rows,
         "layers": tuned.layers,
         "seconds": tuned.seconds,
-        "measured": [[line.what, dataclasses.asdict(line.choice)] for line in tuned.measured],
+        "measured": [_line_as_json(line) for line in tuned.measured],
+        "training": [
+            [one.rows, one.length, _line_as_json(one.attention), _line_as_json(one.remat)]
+            for one in tuned.training
+        ],
     }
+
+
+def _line_as_json(line: Measured) -> list[Any]:
+    return [line.what, dataclasses.asdict(line.choice)]
+
+
+def _line_from_json(found: list[Any]) -> Measured:
+    what, choice = found
+    return Measured(what, Choice(**choice))
 
 
 def _from_json(found: dict[str, Any]) -> Tuned:
@@ -136,11 +150,20 @@ def _from_json(found: dict[str, Any]) -> Tuned:
         if name is not None:
             ATTENTION[name]
         attention.append((Attention(int(queries), int(keys), bool(whole)), name))
+    training = []
+    for rows, length, *lines in found["training"]:
+        one = Trained(int(rows), int(length), *map(_line_from_json, lines))
+        if not {one.remat.choice.name, *one.remat.choice.seconds} <= set(REMAT):
+            raise KeyError(one.remat.choice.name)
+        if one.form is not None:
+            ATTENTION[one.form]
+        training.append(one)
     chunk = found["chunk"]
     return Tuned(
         Forms(tuple(products), tuple(attention), None if chunk is None else int(chunk)),
         tuple(int(rows) for rows in found["rows"]),
         {"list": "list", "stacked": "stacked", None: None}[found["layers"]],
         float(found["seconds"]),
-        tuple(Measured(what, Choice(**choice)) for what, choice in found["measured"]),
+        tuple(map(_line_from_json, found["measured"])),
+        tuple(training),
     )

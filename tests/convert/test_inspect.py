@@ -4,6 +4,12 @@ import pytest
 
 from convert import inspect
 from tests.support.family_folders import random_folder
+from tests.support.paths import ROOT
+
+
+def test_the_demo():
+    table = inspect.as_table(inspect.describe(str(ROOT / "infer/demo")))
+    assert "\nrope          plain\n" in table
 
 
 @pytest.mark.parametrize(

@@ -95,13 +95,26 @@ def weights_of(arrays, start: str = "sd/") -> dict[str, np.ndarray]:
     return {name[len(start) :]: x for name, x in arrays.items() if name.startswith(start)}
 
 
+def read(config, params, ids, cache: KVCache | None = None):
+    """The logits after every id of one row [T, V], and the cache; padded, so that rows of all
+    lengths run one program."""
+    real = len(ids)
+    tokens = np.zeros((1, 48), np.int32)
+    tokens[0, :real] = ids
+    segments = jnp.asarray(np.arange(48) < real, jnp.int32)[None]
+    logits, cache = jit_forward(
+        config, params, jnp.asarray(tokens), segment_ids=segments, cache=cache
+    )
+    return logits[0, :real], cache
+
+
 def greedy(config, params, ids, steps: int, ends: tuple[int, ...]) -> list[int]:
     """The greedy tokens after the ids of one row, with a cache; up to the end token."""
-    cache, tokens, answer = KVCache.zeros(config, 1, 64, jnp.float32), jnp.asarray(ids)[None], []
-    while len(answer) < steps and (not answer or answer[-1] not in ends):
-        logits, cache = jit_forward(config, params, tokens.astype(jnp.int32), cache=cache)
-        tokens = jnp.argmax(logits[:, -1:], axis=-1)
-        answer.append(int(tokens[0, 0]))
+    logits, cache = read(config, params, ids, KVCache.zeros(config, 1, 64, jnp.float32))
+    answer = [int(jnp.argmax(logits[-1]))]
+    while len(answer) < steps and answer[-1] not in ends:
+        logits, cache = jit_forward(config, params, jnp.asarray([answer[-1:]]), cache=cache)
+        answer.append(int(jnp.argmax(logits[0, -1])))
     return answer
 
 
@@ -219,12 +232,10 @@ def test_several_blanks():
     for filled in (arrays["several/filled_0"], arrays["several/filled_1"]):
         answer = [int(token) for token in filled.reshape(-1)]
         for known in range(1, len(answer)):
-            tokens = jnp.asarray([ids + answer[:known]])
-            cache = KVCache.zeros(config, 1, 64, jnp.float32)
-            for form in ({}, {"cache": cache}):
-                logits, _ = jit_forward(config, params, tokens, **form)
+            for cache in (None, KVCache.zeros(config, 1, 64, jnp.float32)):
+                logits, _ = read(config, params, ids + answer[:known], cache)
                 expected = arrays["several/step_logits"][steps].reshape(-1)
-                assert np.abs(logits[0, -1] - expected).max() <= TOLERANCE
+                assert np.abs(logits[-1] - expected).max() <= TOLERANCE
             steps += 1
         ids += answer[:-1]  # the published loop never reads the token that it draws last
     assert steps == len(arrays["several/step_logits"]) > 2
@@ -348,7 +359,6 @@ def test_training_rows_and_choices_of_glm_base():
     context = context[: context.index(106)]
     for number, expected in enumerate(arrays["choice/log_prob"][0]):
         choice = [int(x) for x in arrays[f"choice/choice_{number}"]]
-        tokens = jnp.asarray([[*context, 106, *choice[:-1]]])
-        scores = jax.nn.log_softmax(jit_forward(config, params, tokens)[0][0])
+        scores = jax.nn.log_softmax(read(config, params, [*context, 106, *choice[:-1]])[0])
         found = sum(float(scores[len(context) + i, token]) for i, token in enumerate(choice))
         assert found == pytest.approx(float(expected), abs=1e-4)

@@ -21,6 +21,7 @@ from glm2_jax import (
     last_logits,
     logits_of,
 )
+from glm2_jax.choices import REMAT
 from glm2_jax.lora import (
     GROUPS,
     TARGETS,
@@ -201,26 +202,27 @@ def test_hidden_and_its_logits_are_the_forward():
     numbers = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
     expected, _ = jit_forward(TOY, {**params, "embed": embedded}, numbers, **kwargs)
     jit_logits = jax.jit(logits_of, static_argnums=0)
-    for form, remat in ((params, False), (unstack_layers(params), True)):
+    for form, remat in ((params, "none"), (unstack_layers(params), "full")):
         x = jit_hidden(TOY, form, TOKENS, noise=noise.astype(np.float32), remat=remat, **kwargs)
         parts = [jit_logits(TOY, params, part) for part in np.split(x, 2, axis=1)]
         found = np.concatenate(parts, axis=1)[segments > 0]
         np.testing.assert_allclose(found, expected[segments > 0], atol=1e-4)
 
 
-def loss(lora, params, remat=False):
+def loss(lora, params, remat="none"):
     x = hidden(TOY, params, TOKENS, lora=lora, remat=remat)
     return jnp.mean(jax.nn.logsumexp(logits_of(TOY, params, x), axis=-1))
 
 
-@pytest.mark.parametrize(("form", "remats"), [("int8", (False, True)), ("bfloat16 list", (True,))])
+@pytest.mark.parametrize(("form", "remats"), [("int8", REMAT), ("bfloat16 list", ("full",))])
 def test_gradients_of_the_adapter_alone(form, remats):
     jit_grad = jax.jit(jax.grad(loss), static_argnames="remat", compiler_options=OPTIONS)
     found = [jit_grad(trained(), base_of(form), remat=remat) for remat in remats]
     assert isinstance(found[0], LoRA) and found[0].scale == trained().scale
-    for one, other, x in zip(*map(jax.tree.leaves, (found[0], found[-1], trained())), strict=True):
+    for one, x, *others in zip(*map(jax.tree.leaves, (found[0], trained(), *found)), strict=True):
         assert (one.shape, one.dtype) == (x.shape, jnp.float32)
-        np.testing.assert_allclose(one, other, atol=1e-6)
+        for other in others:
+            np.testing.assert_allclose(one, other, atol=1e-6)
         largest = np.abs(np.asarray(one)).max(axis=tuple(range(1, one.ndim)))
         assert largest.min() > 0, "in every layer"
     # With B = 0 nothing reaches A; PEFT's first step is the same.

@@ -220,7 +220,7 @@ def trained(params):
     lora = init_lora(TOY, jax.random.key(1), rank=2, targets="all-linear")
 
     def loss(lora, embed):
-        x = hidden(TOY, {**params, "embed": embed}, random_tokens(2, 8), lora=lora, remat=True)
+        x = hidden(TOY, {**params, "embed": embed}, random_tokens(2, 8), lora=lora, remat="full")
         return jnp.mean(jnp.square(x))
 
     return jax.grad(loss, (0, 1))(jax.tree.map(lambda x: x + 0.1, lora), params["embed"])

@@ -37,15 +37,24 @@ ELSEWHERE = {
     "pip install -e .": INSTALLED,
     "pip install -e '.[test]'": INSTALLED,
     **{
-        f"pip install -e '.[{extra}]'": ("pyproject.toml", f"{extra.split(',')[-1]} = ")
-        for extra in (
-            "cuda", "tpu", "serve", "hub", "plot", "export,gguf", "evaluate", "tpu-compile"
-        )
+        f"pip install -e '.[{extra}]'": ("pyproject.toml", f"{extra} = ")
+        for extra in ("cuda", "tpu", "serve", "hub")
     },
     "python -m convert.merge_lora BASE ADAPTER MERGED": ("tests", "merge_lora"),
-    "python -m convert.to_peft ADAPTER ADAPTER_GLM --layout glm --base BASE": ("tests", "to_peft"),
-    "python -m train.lora --data examples/facts.jsonl --config examples/recipes/demo.yml"
+    "python -m train.lora --data examples/facts.jsonl --config demo"
     " --output adapter": (".ci/run", "python -m train.lora --data examples/facts.jsonl"),
+    "python -m infer.evaluate --task cases --cases examples/cases/facts.yml --adapter adapter": (
+        ".ci/run", "--cases examples/cases/facts.yml --adapter"
+    ),
+    "python -m convert.merge_lora infer/demo adapter MERGED": (".ci/run", "convert.merge_lora"),
+    "python -m convert.quantize MERGED INT4 --method gptq --group 64 --calibration"
+    " train/demo/pairs.jsonl --samples 16 --length 128": (".ci/run", "convert.quantize"),
+    "python -m infer.evaluate --model INT4 --against MERGED --data examples/facts.jsonl": (
+        ".ci/run", "--against"
+    ),
+    "python -m infer.evaluate --task cases --cases examples/cases/facts.yml --model INT4": (
+        ".ci/run", "--cases examples/cases/facts.yml --model"
+    ),
     "python -m train.lora --data data.jsonl --model FOLDER --output adapter --resume auto": (
         "tests", '"-m", "train.lora"',
     ),
@@ -59,13 +68,14 @@ ELSEWHERE = {
     ),
     **{command: ("tests", "test_the_commands_of_the_readme") for command in SERVING},
     "python -m pytest": (".ci/run", "python -m pytest"),
-    "bash .ci/run": (".ci/run", "set -euo pipefail"),
-    "python -m train.demo": ("tests", "train.demo"),
     "python -m infer.lab examples/lab/layer_skip.py --set skip=2 --json": (
         "tests/infer/lab/test_lab.py", '"--set", "skip=1"'
     ),
     "python -m infer.lab examples/lab/*.py --plot lab.png": (
         "tests/infer/lab/test_lab_examples.py", "examples/lab"
+    ),
+    "python -m infer.evaluate --task cases --cases examples/cases/demo.yml": (
+        "tests/infer/evaluate/test_cases.py", "test_the_demo_passes_its_cases"
     ),
     "python examples/sharding/compare.py": (
         "tests/glm2_jax/test_sharding_examples.py", 'example("compare.py"'
@@ -80,6 +90,8 @@ ELSEWHERE = {
 
 # Pages whose Python examples are run, one after another with the same variables.
 EXAMPLES = [name for name in ("README.md", "docs/use/python.md") if (ROOT / name).exists()]
+
+BATCH = "docs/use/batch.md"  # its first rows are the questions of the commands
 
 # Harmless programs that a page may use with its own files.
 PLAIN = {"cat", "cp", "echo", "head", "ls", "mkdir", "printf", "tail", "wc"}
@@ -116,7 +128,8 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     rows = (ROOT / "examples/facts.jsonl").read_text(encoding="utf-8")
     (folder / "data.jsonl").write_text(rows, encoding="utf-8")
-    (folder / "questions.jsonl").write_text(blocks("README.md", "json")[0], encoding="utf-8")
+    questions = blocks(BATCH, "json")[0] if (ROOT / BATCH).exists() else ""
+    (folder / "questions.jsonl").write_text(questions, encoding="utf-8")
     write_official(folder / "FOLDER")
     (folder / "examples").symlink_to(ROOT / "examples")
     return folder
@@ -154,18 +167,26 @@ def _caught(work) -> tuple[int, str, str]:
 
 
 def run(command: str) -> int | None:
+    """Run a command; ours reads what a plain program before it prints: `echo 你好 | ...`."""
     typed, _, ours = command.rpartition("| ")
     found = module_and_words(ours)
+    others = typed or "echo 你好" if found else command
+    first = others.split()[0]
+    assert first in PLAIN, f"{SHOWN[command]}: no test runs {first}: name one in ELSEWHERE"
+    process = subprocess.run(others, shell=True, capture_output=True)
     if not found:
-        first = command.split()[0]
-        assert first in PLAIN, f"{SHOWN[command]}: no test runs {first}: name one in ELSEWHERE"
-        process = subprocess.run(command, shell=True, capture_output=True, text=True)
-        print(process.stdout or command)
+        print(process.stdout.decode() or command)
         return process.returncode
-    text = subprocess.run(typed or "echo 你好", shell=True, capture_output=True).stdout
-    sys.stdin = io.TextIOWrapper(io.BytesIO(text), encoding="utf-8")
+    sys.stdin = io.TextIOWrapper(io.BytesIO(process.stdout), encoding="utf-8")
     module, words = found
     return main_of(module).main(words)
+
+
+def test_a_command_that_no_test_runs_is_named(monkeypatch):
+    for command in ("docker ps", "curl localhost | python -m infer.generate --prompt -"):
+        monkeypatch.setitem(SHOWN, command, "docs/page.md")
+        with pytest.raises(AssertionError, match="docs/page.md: no test runs (docker|curl)"):
+            run(command)
 
 
 @pytest.mark.parametrize("command", TOGETHER)

@@ -10,7 +10,7 @@ from tests.support.paths import ROOT
 
 def test_both_languages_show_the_same():
     assert commands("README.md") == commands("README_zh.md")
-    for language in ("console", "json"):
+    for language in ("console", "jsonl", "shell"):
         assert blocks("README.md", language) == blocks("README_zh.md", language)
     examples = [re.sub(r"  #.*", "", blocks(name, "python")[0]) for name in READMES]
     assert examples[0] == examples[1]  # but for the comments

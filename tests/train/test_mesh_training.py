@@ -110,7 +110,7 @@ class Case:
         state = self.devices.state(self.numbers.optimizer(), trained, loss_scaling=False)
         self.start = trained, state
         self.key = self.devices.key(7)
-        step = make_step(config, remat=False, out_shardings=self.devices.shardings(*self.start))
+        step = make_step(config, remat="none", out_shardings=self.devices.shardings(*self.start))
         rows = self.devices.batch(batch(config, 0))
         with self.devices.active():
             lowered = step.lower(self.base, *self.start, rows, self.key, 0, self.numbers)

@@ -155,7 +155,9 @@ def test_what_is_refused(whole, flags, data, tmp_path, capsys):
         assert not (tmp_path / "a" / "study.db").exists()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cmaes", None)
-        with pytest.raises(UsageError, match=r"cmaes is not installed(.|\n)*glm2-jax\[sweep\]"):
+        with pytest.raises(
+            UsageError, match=r"cmaes is not(.|\n)*pip install cmaes matplotlib optuna"
+        ):
             sweep.main([*flags, *SPACE, "--output", str(tmp_path / "a")])
     empty = tmp_path / "empty.yml"
     empty.write_text("{}")

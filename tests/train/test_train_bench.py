@@ -11,6 +11,9 @@ from glm2_jax import compiler_options, init_lora
 from glm2_jax.errors import UsageError
 from infer.bench import harness
 from infer.bench.ceilings import Ceilings
+from infer.tuning import automatic
+from infer.tuning.choose import Choice
+from infer.tuning.measure import Measured, Trained, Tuned
 from tests.support.toy import TOY, toy_params
 from train import bench
 from train.data.batch import make_batch
@@ -40,7 +43,7 @@ def test_operations_are_those_of_the_program():
     rows = make_batch([[([5] * 16, [True] * 16)]] * 2, 16)
     batch = jax.tree.map(lambda x: x[None], rows)
     optimizer = make_optimizer(1e-3)
-    step = jax.jit(lambda *args: train_step(wide, optimizer, *args, remat=False))
+    step = jax.jit(lambda *args: train_step(wide, optimizer, *args, remat="none"))
     state = init_state(optimizer, lora)
     lowered = step.lower(toy_params(wide), lora, state, batch, jax.random.key(0), 0)
     counted = lowered.compile(compiler_options=compiler_options("cpu")).cost_analysis()["flops"]
@@ -88,3 +91,28 @@ def test_usage():
     for line in bench.EXAMPLE.splitlines():
         _, flags = line.split(bench.PROG)
         assert bench.parser().parse_args(shlex.split(flags)).random
+
+
+def test_the_forms_of_training_are_those_that_were_measured(capsys, monkeypatch, command):
+    """And a flag wins."""
+    lines = (
+        Measured("attention", Choice("xla", "usual")),
+        Measured("recomputing", Choice("products", "none", {"none": 2.0, "products": 1.0})),
+    )
+    tuned = Tuned(training=(Trained(4, 64, *lines),))
+    monkeypatch.setattr(automatic, "stored", lambda asked, *_: Tuned() if asked == "off" else tuned)
+    built = []
+    take = lambda: 1.0, 0.0  # noqa: E731
+    monkeypatch.setattr(bench, "_build", lambda *args: built.append(args) or take)
+    assert command() == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stacked step 2 x 16, recomputing products" in said
+    assert "(--tuned): attention in complete texts to 512: xla" in said
+    for flag in (["--no-grad-checkpoint"], ["--grad-checkpoint", "full"], ["--tuned", "off"]):
+        assert command(*flag) == 0
+    capsys.readouterr()
+    assert [args[-1] for args in built] == ["products", "none", "full", "none"]
+    forms = [args[1].forms.describe() != "" for args in built]
+    assert forms == [True, True, True, False]
+    kinds = [isinstance(args[2]["layers"], list) for args in built]
+    assert kinds == [False, True, False, True]

@@ -3,25 +3,30 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 import pytest
 
 from convert.loading.folder import open_folder
 from glm2_jax import PRESETS
-from glm2_jax.errors import UsageError
+from glm2_jax.choices import REMAT
+from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.forms import Attention, Forms
 from infer.engine.load import demo_folder
-from infer.memory.budget import Budget
+from infer.memory.budget import SPARE, Budget
 from infer.memory.precision import Precision
-from infer.tuning.measure import Tuned
+from infer.tuning import automatic
+from infer.tuning.choose import Choice
+from infer.tuning.measure import Measured, Trained, Tuned
 from tests.support.mesh_shapes import device
+from tests.support.paths import ROOT
 from tests.support.program_text import operations
 from train import attention, compiler, full, lora, memory, remat
 from train.bench import work
 from train.compiler import compile_step
 from train.devices import Devices
 from train.memory import NewAdapter, TrainingPlan
-from train.recipe import parse
+from train.recipe import Recipe, parse
 
 SIX = PRESETS["chatglm2-6b"]
 DEMO = open_folder(demo_folder()).config
@@ -30,14 +35,12 @@ TOY = dataclasses.replace(
     head_dim=32,
 )  # fmt: skip
 ADAPTER = NewAdapter(8, "attn", 0.0)
-FLOAT32, BF16 = Precision("float32"), Precision("bfloat16")
+FLOAT32, BF16, SMALLER = Precision("float32"), Precision("bfloat16"), ("int8", "int4")
 
 
-def plan(config=SIX, rows=4, length=512, *, keep=True, adapter=ADAPTER, **more) -> TrainingPlan:
-    more = {"precision": BF16, "accumulate": 1} | more
-    return TrainingPlan(
-        config=config, batch=rows, length=length, remat=not keep, adapter=adapter, **more
-    )
+def plan(config=SIX, rows=4, length=512, *, adapter=ADAPTER, **more) -> TrainingPlan:
+    more = {"precision": BF16, "accumulate": 1, "remat": "none"} | more
+    return TrainingPlan(config=config, batch=rows, length=length, adapter=adapter, **more)
 
 
 def on_cpu(*args, **more) -> TrainingPlan:
@@ -48,14 +51,16 @@ def on_cpu(*args, **more) -> TrainingPlan:
     "planned",
     [
         on_cpu(DEMO, 4, 64),
-        on_cpu(TOY, 4, 256, keep=False),
+        on_cpu(TOY, 4, 256, remat="full"),
+        on_cpu(TOY, 4, 256, remat="products"),
         on_cpu(TOY, 4, 128, adapter=None),
         plan(),
-        plan(keep=False),
+        plan(remat="full"),
+        plan(remat="attention"),
         plan(rows=1, length=2048),
-        plan(precision=Precision("bfloat16", "int4"), keep=False),
+        plan(precision=Precision("bfloat16", "int4"), remat="full"),
         plan(dataclasses.replace(SIX, num_layers=4), adapter=None),
-        plan(dataclasses.replace(SIX, num_layers=4), adapter=None, keep=False),
+        plan(dataclasses.replace(SIX, num_layers=4), adapter=None, remat="full"),
     ],
 )
 def test_the_plan_is_near_the_compiled_step(planned):
@@ -78,9 +83,9 @@ def test_a_step_of_an_adapter_multiplies_no_more_than_the_model_needs(platform, 
     kind = "gpu" if platform == "cuda" else platform
     shape = config, rows, 512 // (8 // rows)
     ratios = []
-    for keep in (True, False):
+    for policy in ("none", "full"):
         step = compile_step(
-            plan(*shape, keep=keep, platform=kind, precision=BF16 if kind == "gpu" else FLOAT32),
+            plan(*shape, remat=policy, platform=kind, precision=BF16 if kind == "gpu" else FLOAT32),
             device(platform),
         )
         ratios.append(operations(step.as_text()) / own)
@@ -106,7 +111,7 @@ def test_frozen_weights_are_not_kept_once_more():
     """Twice as wide an MLP has twice as much to keep, whatever its weights take."""
     narrow, wide = (
         memory.kept_bytes(
-            dataclasses.replace(TOY, ffn_hidden_size=size), "float32", ADAPTER, 1, 2, False
+            dataclasses.replace(TOY, ffn_hidden_size=size), "float32", ADAPTER, 1, 2, "none"
         )
         for size in (1024, 2048)
     )
@@ -122,9 +127,13 @@ def dry(capsys, *flags: str, command=lora) -> tuple[int, str]:
 def test_a_dry_run_needs_neither_weights_nor_data(capsys):
     code, text = dry(capsys, "--model", "chatglm2-6b", "--device", "3090", "--max-length", "512")
     assert code == 0 and "24.5 GB to use" in text and "4 rows of 512 tokens" in text
-    assert "bfloat16 no 12.5 GB" in text and "int4 yes 4.1 GB" in text
-    planned = TrainingPlan(SIX, BF16, 4, 512, True, NewAdapter(8, "attn", 0.1))
+    assert "bfloat16 none 12.5 GB" in text and "int4 full 4.1 GB" in text
+    planned = TrainingPlan(SIX, BF16, 4, 512, "full", NewAdapter(8, "attn", 0.1))
     assert f"{planned.total / 1e9:.1f} GB yes" in text
+    page = (ROOT / "docs/tune/memory.md").read_text(encoding="utf-8")
+    quantized = (dataclasses.replace(planned, precision=Precision("bfloat16", x)) for x in SMALLER)
+    cells = [f"{one.total / 1e9:.1f}" for one in (planned, *quantized)]
+    assert f"| chatglm2-6b | 4 x 512 | {' | '.join(cells)} |" in page
 
 
 def test_a_dry_run_says_what_to_change(capsys):
@@ -135,7 +144,7 @@ def test_a_dry_run_says_what_to_change(capsys):
     assert code == 0 and "bfloat16 does not fit. What fits: --quantize-base int4" in text
     code, text = dry(capsys, *flags, "--device", "v5e-8", "--batch-size", "8")
     assert code == 0 and "each device of fsdp=8 (v5e-1)" in text
-    assert "bfloat16 no 1.6 GB" in text  # an eighth of the base
+    assert "bfloat16 none 1.6 GB" in text  # an eighth of the base
     with pytest.raises(UsageError, match="--device h200 needs --dry-run"):
         lora.main(["--data", "d", "--device", "h200"])
 
@@ -145,7 +154,7 @@ def test_a_compiler_that_is_here_is_asked(capsys, monkeypatch):
     monkeypatch.setattr(compiler, "ask", lambda plan, name: asked.append(plan) or (10**9, ""))
     _, text = dry(capsys, "--device", "cpu", "--max-length", "64")
     assert "the compiler's own figure for float32: 1.4 GB in total" in text  # with jax itself
-    assert [(one.config, one.length, one.remat) for one in asked] == [(DEMO, 64, False)]
+    assert [(one.config, one.length, one.remat) for one in asked] == [(DEMO, 64, "none")]
 
 
 def test_the_compiler_answers_from_a_process_of_its_own():
@@ -158,14 +167,15 @@ def test_the_compiler_answers_from_a_process_of_its_own():
 @pytest.mark.parametrize(
     ("flags", "memory", "recorded", "chosen"),
     [
-        ([], 10**12, None, False),
-        ([], 10**6, None, True),
-        ([], None, None, True),
-        (["--grad-checkpoint"], 10**12, None, True),
-        (["--no-grad-checkpoint"], 10**6, True, False),
-        (["--resume", "auto"], 10**12, True, True),
-        (["--resume", "auto"], 10**6, False, False),
-        (["--resume", "auto"], 10**6, None, True),
+        ([], 10**12, None, "none"),
+        ([], 10**6, None, "full"),
+        ([], None, None, "full"),
+        (["--grad-checkpoint"], 10**12, None, "full"),
+        (["--grad-checkpoint", "attention"], 10**12, None, "attention"),
+        (["--no-grad-checkpoint"], 10**6, "full", "none"),
+        (["--resume", "auto"], 10**12, "products", "products"),
+        (["--resume", "auto"], 10**6, "none", "none"),
+        (["--resume", "auto"], 10**6, None, "full"),
     ],
 )
 def test_activations_are_recomputed_where_they_do_not_fit(
@@ -177,13 +187,62 @@ def test_activations_are_recomputed_where_they_do_not_fit(
     monkeypatch.setattr(remat, "recorded", lambda path, name: recorded)
     monkeypatch.setattr(remat, "plan_of", lambda *args: on_cpu(DEMO, 1, 8))
     devices: object = type("One", (), {"mesh": None, "first": None})
-    found = remat.choose_remat(recipe, *[None] * 2, devices)  # type: ignore[arg-type]
-    assert found.training.grad_checkpoint is chosen
+    found = remat.choose_remat(recipe, *[None] * 2, devices, Tuned())  # type: ignore[arg-type]
+    assert found.training.grad_checkpoint == chosen
     decided = recorded is None and not any("grad-checkpoint" in flag for flag in flags)
     assert ("gradient checkpointing is" in capsys.readouterr().err) == decided
 
 
+def measured(remat, usual="none", form="usual", **seconds) -> Tuned:
+    """What `infer.tune --train 4x64` may have found."""
+    lines = (
+        Measured("attention", Choice(form, "usual")),
+        Measured("recomputing", Choice(remat, usual, seconds)),
+    )
+    return Tuned(training=(Trained(4, 64, *lines),))
+
+
+NEEDED = {name: on_cpu(DEMO, 4, 64, remat=name).total * SPARE for name in REMAT}
+ALL = {"none": 1.0, "products": 0.8, "attention": 0.9, "full": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("memory", "found", "chosen"),
+    [
+        (10**12, measured("products", **ALL | {"full": 0.79}), "products"),  # by more than noise
+        (10**12, measured("full", **ALL), "full"),
+        (10**12, measured("none", none=1.0, full=0.99), "none"),
+        # What does not fit is left out, whatever it was measured as.
+        (NEEDED["products"] - 1, measured("products", **ALL), "full"),
+        (NEEDED["products"] - 1, measured("products", **ALL | {"full": 1.2}), "attention"),
+        (NEEDED["none"] - 1, measured("none", **ALL | {"none": 0.1, "full": 0.9}), "products"),
+        (10**6, measured("none", **ALL), "full"),
+        (None, measured("products", **ALL), "full"),
+        # What is taken without measuring was not compared with anything.
+        (10**12, measured("products", "full", products=1.0, full=2.0), "none"),
+        (10**12, measured("full", "full"), "none"),
+        (10**12, Tuned(), "none"),
+    ],
+)
+def test_the_fastest_of_what_fits_is_chosen(memory, found, chosen):
+    policy, why = remat.fastest(on_cpu(DEMO, 4, 64), memory, found)
+    assert policy == chosen
+    by_measuring = why.startswith(f"gradient checkpointing: {chosen}, the fastest of what fits as")
+    assert by_measuring or why.startswith("gradient checkpointing is")
+
+
+def test_needs_differ_by_what_is_recomputed():
+    assert sorted(REMAT, key=NEEDED.__getitem__) == [*reversed(REMAT)]
+
+
 KEPT = Tuned(Forms(attention=((Attention(512, 512, whole=True), "xla"),)))
+
+
+def choose_attention(recipe, folder, devices) -> Recipe:
+    """As for a run of four rows of 64 tokens."""
+    batches: Any = type("Some", (), {"shape": (1, 4), "width": 64})
+    tuned = remat.find_tuned(recipe, folder, devices)
+    return attention.choose_attention(recipe, folder, devices, tuned, batches)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +250,9 @@ KEPT = Tuned(Forms(attention=((Attention(512, 512, whole=True), "xla"),)))
     [
         ([], None, None, None),
         ([], KEPT, None, "xla"),
+        (["--tuned", "off"], KEPT, None, None),
+        ([], measured("none"), None, None),
+        ([], measured("none", form="xla"), None, "xla"),
         (["--attention", "usual"], KEPT, None, "usual"),
         (["--resume", "auto"], KEPT, {"command": "train"}, None),
         (["--resume", "auto"], None, {"command": "train", "--attention": "xla"}, "xla"),
@@ -202,17 +264,26 @@ def test_attention_is_as_measured_and_stays_as_a_run_began(
 ):
     recipe = lora.make_recipe(parse(lora.parser(), ["--data", "d", "--output", "out", *flags]))
     monkeypatch.setattr(attention, "recorded", lambda path, name: (recorded or {}).get(name))
-    monkeypatch.setattr(attention.store, "find", lambda key: kept)
+    monkeypatch.setattr(automatic.store, "find", lambda key: kept)
     folder, devices = open_folder(demo_folder()), Devices(device("cpu"))
-    found = attention.choose_attention(recipe, folder, devices).training.attention
+    found = choose_attention(recipe, folder, devices).training.attention
     assert found == chosen
     assert ("form xla, as measured" in capsys.readouterr().err) == (chosen == "xla")
     config = attention.with_attention(DEMO, found)
     assert (config.forms == Forms()) == (chosen in (None, "usual"))
 
 
+def test_on_a_mesh_nothing_counts_that_another_process_may_not_have():
+    recipe = lora.make_recipe(parse(lora.parser(), ["--data", "d", "--tuned", "missing.json"]))
+    mesh: Any = object()
+    folder = open_folder(demo_folder())
+    assert remat.find_tuned(recipe, folder, Devices(device("cpu"), mesh)) == Tuned()
+    with pytest.raises(CheckpointError, match=r"missing.json holds no choice of forms"):
+        remat.find_tuned(recipe, folder, Devices(device("cpu")))
+
+
 def test_a_form_of_attention_of_another_device_is_refused():
     recipe = parse(lora.parser(), ["--data", "d", "--output", "out", "--attention", "cudnn"])
     arguments = lora.make_recipe(recipe), open_folder(demo_folder()), Devices(device("cpu"))
     with pytest.raises(UsageError, match="cudnn is not available for float32 on this device"):
-        attention.choose_attention(*arguments)
+        choose_attention(*arguments)

@@ -41,12 +41,36 @@ def recipe(*flags: str, command=lora) -> Recipe:
 def test_flags_take_precedence_over_the_file(read):
     text = "lr: 2e-5\nbatch_size: 2\npack: true\ngrad-checkpoint: false\ndata: [a.json, b.json]\n"
     args = read(text + "compile-cache: off\n", "--batch-size=3")
-    assert (args.lr, args.batch_size, args.pack, args.grad_checkpoint) == (2e-5, 3, True, False)
+    assert (args.lr, args.batch_size, args.pack, args.grad_checkpoint) == (2e-5, 3, True, "none")
     assert args.data == ["a.json", "b.json"] and args.compile_cache == "off"
     assert read("data: [a.json]\n", "--data", "c.json").data == ["c.json"]
     args = read("data: a\nsteps: 5\n", "--epochs", "2")  # which exclude each other
     assert (args.epochs, args.steps) == (2, None)
     assert read("data: a\ntp: 4\n").mesh == "tensor=4"
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "chosen"),
+    [
+        ("", [], None),
+        ("", ["--grad-checkpoint"], "full"),
+        ("", ["--grad-checkpoint", "products"], "products"),
+        ("grad-checkpoint: true\n", [], "full"),
+        ("grad-checkpoint: attention\n", [], "attention"),
+        ("grad-checkpoint: attention\n", ["--no-grad-checkpoint"], "none"),
+    ],
+)
+def test_gradient_checkpointing_is_a_flag_with_or_without_a_value(text, flags, chosen, read):
+    assert read(text + "data: a\n", *flags).grad_checkpoint == chosen
+
+
+@pytest.mark.parametrize(
+    "flags", [["--grad-checkpoint", "some"], ["--no-grad-checkpoint", "products"]]
+)
+def test_a_wrong_value_of_gradient_checkpointing_is_named(flags, read, capsys):
+    with pytest.raises(SystemExit):
+        read("data: a\n", *flags)
+    assert flags[1] in capsys.readouterr().err
 
 
 def test_flags_and_defaults_make_a_recipe_that_repeats_the_command(tmp_path):
@@ -72,7 +96,7 @@ def test_no_flag_is_left_out_of_a_recipe(parser):
     groups = (DataOptions, TrainingOptions, EvaluationOptions, OutputOptions, AdapterOptions)
     names = {field.name for group in groups for field in fields(group)}
     others = "model hub_source revision rope_scaling template family dtype device mesh"
-    names |= {*others.split(), "quantize_base", "compile_cache"}
+    names |= {*others.split(), "quantize_base", "compile_cache", "tuned"}
     processes = {"coordinator", "num_processes", "process_id", "join_timeout", "heartbeat_timeout"}
     flags = {action.dest for action in parser._actions}
     assert names == flags - processes - {"help", "version", "debug", "config", "dry_run"}

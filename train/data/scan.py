@@ -38,6 +38,7 @@ from glm2_jax.datasets.formats import (
 )
 from glm2_jax.datasets.index import DataFile, Row, no_rows
 from glm2_jax.datasets.pairs import SIDES, read_pair
+from glm2_jax.datasets.tables import is_text
 from glm2_jax.errors import InputError
 from glm2_jax.runtime.compile_cache import trim, user_cache
 
@@ -114,6 +115,9 @@ def scan(file: DataFile, reading: Reading, progress: Callable[[int], None]) -> S
         except _MixedFormats:
             raise
         except InputError as error:
+            if found.rows == 1 and error.what == "not JSON" and is_text(file.name):
+                why, fix = f"line {row.line}: {error.cause}", "For plain text, use --format text."
+                raise InputError(f"{file.name} does not hold rows", why, fix) from None
             found.bad_reasons[error.what] += 1
             if len(found.bad) < MAX_LISTED:
                 found.bad.append((row.line, row.number, error.cause))

@@ -97,7 +97,7 @@ def train(
     params = init_params(config, key)
     state = init_state(optimizer, params)
     dropping = dataclasses.replace(config, hidden_dropout=DROPOUT)
-    step = make_step(dropping, optimizer, remat=False)
+    step = make_step(dropping, optimizer, remat="none")
     count = 0
     with Progress("training, steps", steps, interval=30.0) as progress:
         for number in range(epochs):

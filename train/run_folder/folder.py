@@ -34,7 +34,7 @@ def recorded(path: str | Path, name: str) -> Any:
     with contextlib.suppress(OSError, ValueError):
         folder = absolute(path)
         if _holds_steps(folder / "state"):
-            return json.loads((folder / _IDENTITY).read_text()).get(name)
+            return _read_identity(folder).get(name)
     return None
 
 
@@ -124,7 +124,7 @@ class RunFolder:
         """Compare the run that the checkpoints are of with this one."""
         present, identity = self.checkpoints / _IDENTITY, self._identity
         try:
-            known = json.loads(present.read_text())
+            known = _read_identity(self.checkpoints)
         except (ValueError, FileNotFoundError) as error:
             raise InputError(
                 f"{present} is damaged", str(error), "Name another --output."
@@ -160,6 +160,13 @@ class RunFolder:
         when = "" if (result / proof).exists() else "once it has ended, "
         place = free_place(self.path, self.checkpoints if self._elsewhere else None)
         return f", or {when}start from its result: {flag} {shlex.quote(str(result))} {place}"
+
+
+def _read_identity(folder: epath.Path) -> dict[str, Any]:
+    """Return the identity of a run; versions up to 0.2 wrote true for "full", false for "none"."""
+    found = json.loads((folder / _IDENTITY).read_text())
+    old = {True: "full", False: "none"}
+    return {name: old.get(x, x) if name == "--grad-checkpoint" else x for name, x in found.items()}
 
 
 def _holds_steps(folder: epath.Path) -> bool:
@@ -200,7 +207,7 @@ def using(place: epath.Path) -> Iterator[None]:
         raise InputError(
             f"{place} cannot be used",
             (str(error).splitlines() or [type(error).__name__])[0][:300],
-            "Install the extra gcs, log in (gcloud auth application-default login), or check the "
+            "Install gcsfs, log in (gcloud auth application-default login), or check the "
             "permissions and the name of the bucket.",
         ) from error
 

@@ -12,6 +12,7 @@ from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import choose_platform, whole
 from glm2_jax.cli.parser import Parser, add_flags, from_flags
 from glm2_jax.errors import UsageError
+from glm2_jax.extras import pip_install
 from glm2_jax.processes.supervise import connect, is_supervised
 from infer.memory.budget import find_budget, take_gpu_share
 from train.command import make_parser
@@ -28,7 +29,7 @@ DESCRIPTION = """Searches for good settings of train.lora: trains adapters with 
 All flags of train.lora hold for every trial. --output holds the study, which --resume auto
 continues after any end: no trial is lost, and none is run twice. At the end: a table on standard
 output, report.json, three pictures, and best.yml, with which train.lora trains the best settings
-on all rows. Needs the extra sweep.
+on all rows. Needs the packages optuna, cmaes and matplotlib.
 
 Exit codes: 0 success, 2 usage, 3 bad data or no trial with a result, 4 model or checkpoint, 5 out
 of memory or device, 130 interrupted, 143 terminated (the study can be resumed)."""
@@ -110,7 +111,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"{name.partition('.')[0]} is not installed, and train.sweep needs it",
                 str(error),
-                "pip install 'glm2-jax[sweep]'",
+                pip_install("sweep"),
             ) from error
 
 

@@ -145,7 +145,7 @@ class _Sweep:
         self._study, self._seed = study, seed
         self._base, self._programs = Base(), Programs()
         # The first run decides on gradient checkpointing: later ones find its model in the memory.
-        self._remat: bool | None = None
+        self._remat: str | None = None
 
     def run(self) -> int:
         """Run all trials; return 0, or the exit code of the signal that stopped one."""

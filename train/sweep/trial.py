@@ -28,7 +28,7 @@ from train.validation import VALIDATION, Figures
 class Fold(Watcher):
     """A training of a trial; `report` takes the number of an evaluation and its loss, except that
     of the last one, and may raise. At the end `figures` has the validation loss and the metric of
-    the result, and `remat` whether the run had gradient checkpointing."""
+    the result, and `remat` what the run recomputed."""
 
     advises = False
 
@@ -44,7 +44,7 @@ class Fold(Watcher):
         super().__init__(programs)
         self._options, self._number, self._seed, self._report = options, number, seed, report
         self.figures: dict[str, float] = {}
-        self.remat: bool | None = None
+        self.remat: str | None = None
 
     def split(self, recipe: Recipe, folder: Folder, dataset: Dataset) -> tuple[Dataset, Sets]:
         """As in any run, but the same rows for all seeds; or the rows of a fold."""

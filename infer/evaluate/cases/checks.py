@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from glm2_jax.errors import UsageError, shorten
+from glm2_jax.extras import pip_install
 from infer.evaluate.generation import open_metrics
 from infer.evaluate.rows import CHINESE
 
@@ -87,7 +88,7 @@ def json_schema(wanted: Any) -> Test:
         raise UsageError(
             f"{error.name} is not installed, and the check json_schema needs it",
             str(error),
-            "pip install 'glm2-jax[evaluate]'",
+            pip_install("evaluate"),
         ) from None
     kind: Any = validator_for(wanted, default=Draft202012Validator)
     try:

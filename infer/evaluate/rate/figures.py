@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glm2_jax.errors import UsageError
+from glm2_jax.extras import pip_install
 from infer.evaluate.rate.ratings import Rater
 from infer.evaluate.rate.sheet import AB, CRITERIA, Item, Sheet
 
@@ -178,7 +179,7 @@ def agreement(sheet: Sheet, raters: Sequence[Rater]) -> dict[str, float | None]:
         import krippendorff
     except ImportError as error:
         what = "krippendorff is not installed, and --rates needs it"
-        raise UsageError(what, str(error), "pip install 'glm2-jax[rate]'") from None
+        raise UsageError(what, str(error), pip_install("rate")) from None
     found: dict[str, float | None] = {}
     for name in CRITERIA:
         items = items_of(sheet)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glm2_jax.cli.bundled import MODELS, find_bundled
 from glm2_jax.cli.files import real_path, replace_file, require_file_place
 from glm2_jax.cli.messages import note
 from glm2_jax.errors import InputError, UsageError
@@ -20,7 +21,6 @@ from infer.evaluate.rate.sheet import key_path, make_sheet, read_sheet
 if TYPE_CHECKING:
     from infer.evaluate.options import Settings
 
-_DEMO = "demo"  # as a judge: the bundled model, if no folder has that name
 _COMMON = ("task", "sheet", "debug")
 _STEPS = {  # the flags of each step; judge has those of a model, too
     "answers": ("scale", "limit", "seed", "overwrite"),
@@ -74,18 +74,15 @@ def judge_sheet(settings: Settings, path: Path) -> None:
     """Let a model rate, and write its ratings."""
     assert settings.judge is not None
     sheet = read_sheet(path)
-    judge_path, name = settings.judge, real_path(settings.judge).name
-    if judge_path == _DEMO and not Path(judge_path).exists():
-        from infer.engine.load import demo_folder
-
-        judge_path = str(demo_folder())
+    folder, name = find_bundled(settings.judge, MODELS), real_path(settings.judge).name
+    if folder != settings.judge:
         note("the judge is the bundled demo model, which never learned to judge")
     out = path.with_name(f"{path.stem}.{name}.json")
     place = _free(out, settings.overwrite)
     from infer.evaluate.rate.judge import judge
     from infer.startup import open_engine
 
-    choice = dataclasses.replace(settings.choice, path=judge_path)
+    choice = dataclasses.replace(settings.choice, path=folder)
     batch = settings.batch_size
     engine = open_engine(choice, settings.options, rows=batch, contents={"sheet": sheet.id})
     marks = judge(engine, sheet, batch)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from convert import load_checkpoint
 from convert.adapters.prefix import attach_prefix, load_prefix, measure_prefix
+from convert.inspect import describe
 from glm2_jax.errors import CheckpointError
 from glm2_jax.prefix import prefix_length
 from tests.support.checkpoints import TINY, official_tensors, random_params, write_official
@@ -73,6 +74,11 @@ def test_what_the_training_leaves_beside_is_ignored(tmp_path, base):
     assert found.source == str(saved) and found.length == 3
     with pytest.raises(CheckpointError, match=r"P-Tuning v2 prefix, not a model(.|\n)*--prefix"):
         load_checkpoint(saved)
+    (saved / "tokenizer.model").unlink()  # as train.prefix leaves it
+    with pytest.raises(
+        CheckpointError, match=r"not a model\.\n(.|\n)*--model BASE --prefix FOLDER"
+    ):
+        describe(str(saved))
     message = refusal(tmp_path / "output")
     assert "no weights" in message and "not all_results.json, checkpoint-3000" in message
 
@@ -134,6 +140,9 @@ def test_what_is_no_prefix(tmp_path, base):
     assert "not found" in refusal(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     assert "has no weights" in refusal(tmp_path / "empty")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "recipe.yml").touch()
+    assert "run train.prefix again with --resume auto" in refusal(tmp_path / "unfinished")
     file = write_prefix(tmp_path / "prefix", encoder(TINY, 3)) / "pytorch_model.bin"
     assert "is a file" in refusal(file)
     adapter = tmp_path / "lora"

@@ -16,6 +16,7 @@ from convert.calibration.rounding import Rounded
 from convert.calibration.text import read_samples
 from convert.random import write_random
 from glm2_jax import PRESETS, InputError, Tokenizer, forward
+from glm2_jax.cli.bundled import HOME
 from glm2_jax.text.prompt import build_prompt
 from infer.memory.shortage import _precision
 from tests.support.checkpoints import names, random_params, save, tiny_config, write_quantized
@@ -191,6 +192,7 @@ def test_what_is_refused(tmp_path, source, text, capsys):
     for model, more, code, message in (
         ("int8", given, 2, "is quantized already (int8)"),
         ("tiny", given, 2, "--group 128 does not divide the 32 columns of q"),
+        (HOME / "infer/demo", given, 2, "Use --group 64 or 32."),
         ("chatglm", ["--method", "awq", *given], 2, "awq is not supported for chatglm models"),
         ("model", [], 2, "--method gptq needs --calibration"),
         ("model", ["--method", "rtn", *given], 2, "--calibration has no effect"),

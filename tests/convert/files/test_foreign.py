@@ -54,6 +54,7 @@ def put(folder, *names):
         (["flax_model.msgpack"], "TensorFlow, Flax or ONNX", "safetensors or .bin"),
         (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter", "--adapter"),
         (["recipe.yml", "state/4/x"], "a training run that has not finished", "--resume auto"),
+        (["recipe.yml"], "a training run that has not finished", "(train.prefix: --prefix)"),
     ],
 )
 def test_folders_of_other_programs(tmp_path, files, what, fix):

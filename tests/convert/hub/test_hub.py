@@ -334,7 +334,7 @@ def test_the_client_is_not_installed(monkeypatch, tmp_path):
     for module in ("huggingface", "modelscope"):
         monkeypatch.delitem(sys.modules, f"convert.hub.{module}", raising=False)
     for source in SOURCES:
-        assert "the extra hub, or: pip install" in fails(UsageError, NAME, source=source)
+        assert "Install it: pip install" in fails(UsageError, NAME, source=source)
     assert "no downloaded model" in fails(CheckpointError, NAME)
 
 

@@ -113,6 +113,20 @@ def test_only_strings_that_utf8_can_write_are_encoded():
             TINY.encode(text)  # type: ignore[arg-type]
 
 
+def test_a_path_is_enough(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(sp_model())
+    for tokenizer in (Tokenizer(str(path)), Tokenizer(path), Tokenizer.from_file(path)):
+        assert tokenizer.family == "chatglm2" and tokenizer.encode("hi") == TINY.encode("hi")
+    assert Tokenizer(path, "chatglm3").special == TINY.special
+    with pytest.raises(CheckpointError, match=r"It is a folder\.\nName the tokenizer.model in it"):
+        Tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match=r"absent.model cannot be read\.\nNo such file"):
+        Tokenizer(tmp_path / "absent.model")
+    with pytest.raises(ValueError, match="unknown family"):
+        Tokenizer(path, "glm9")
+
+
 def test_unfit_models_are_refused(tmp_path):
     path = tmp_path / "tokenizer.model"
     for data in (b"", b"not a model", sp_model()[:100], sp_model()[:-7]):

@@ -179,7 +179,7 @@ OLD_PLUGIN = CUDA12 | {"jax-cuda12-plugin": "0.9.0"}
 LIMITED = Memory(64 * GB, 60 * GB, 4 * GB, 3 * GB)
 READ_ONLY = Cache("/root/cache", exists=True, writable=False)
 FINDINGS = [
-    (WORKSTATION, "problem", 'python -m pip install "glm2-jax[cuda]"'),
+    (WORKSTATION, "problem", "python -m pip install 'jax[cuda12]'"),
     (with_driver("470.223.02", CUDA12), "problem", "470.223.02 is too old: CUDA 12 needs 525"),
     (with_driver("550.54.15", CUDA13), "problem", "too old for the installed CUDA 13"),
     (with_driver("550.54.15", CUDA13), "problem", "uninstall -y jax-cuda13-plugin"),
@@ -196,7 +196,7 @@ FINDINGS = [
     (changed(LAPTOP, cache=Cache("off")), "note", "not cached"),
     (with_disk(5 * GB), "note", "a 6B checkpoint has 12.5 GB"),
     (with_disk(None), "note", "free space unknown"),
-    (TPU, "problem", 'pip install "glm2-jax[tpu]"'),
+    (TPU, "problem", "pip install 'jax[tpu]'"),
     (LIBTPU, "problem", "another program uses it"),
     (changed(LIBTPU, variables={"JAX_PLATFORMS": "cpu"}), "problem", "hides the TPU"),
 ]

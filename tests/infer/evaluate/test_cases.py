@@ -126,7 +126,7 @@ def test_flags_that_do_not_fit(monkeypatch):
         with pytest.raises(UsageError, match=said):
             main(flags)
     monkeypatch.setitem(sys.modules, "jsonschema", None)
-    with pytest.raises(UsageError, match=r"(?s)jsonschema.*glm2-jax\[evaluate\]"):
+    with pytest.raises(UsageError, match=r"(?s)jsonschema.*pip install jieba jsonschema"):
         CHECKS["json_schema"].make({})
 
 

@@ -101,7 +101,7 @@ def test_a_package_that_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     monkeypatch.delitem(sys.modules, "infer.evaluate.metrics")
     monkeypatch.delattr(infer.evaluate, "metrics")
-    with pytest.raises(UsageError, match=r"(?s)sacrebleu.*glm2-jax\[evaluate\]") as error:
+    with pytest.raises(UsageError, match=r"(?s)sacrebleu.*pip install jieba jsonschema") as error:
         generate()
     assert error.value.exit_code == 2
 

@@ -19,10 +19,11 @@ from infer.engine.load import demo_folder
 from infer.explain import report
 from infer.explain import run as explain_run
 from infer.explain.__main__ import main
-from infer.explain.facts import Walk
+from infer.explain.facts import Token, Walk
 from infer.explain.options import PROMPT
 from infer.explain.walk import make_walk
 from infer.explain.words import WORDS
+from infer.known_ids import greeting_ids
 from infer.memory.cards import CARDS
 from infer.memory.plan import Plan, rate_bound, weight_bytes
 from infer.memory.precision import Precision
@@ -152,27 +153,45 @@ def test_bounds_are_the_slower_of_bandwidth_and_arithmetic(walk):
     assert long.prefill.stages[0].shape == (16, 1024, 4096) and math.isfinite(long.decode.intensity)
 
 
-@pytest.mark.parametrize("family", ["chatglm2", "chatglm3"])
-def test_the_length_of_the_prompt_is_the_published_tokenizers(family):
-    tokenizer = Tokenizer.from_file(shared_path("tokenizer/tokenizer.model"), family=family)
-    for template in {"chatglm2", family, "raw"}:
+@pytest.mark.parametrize(
+    ("name", "file", "templates"),
+    [
+        ("chatglm2-6b", "tokenizer/tokenizer.model", ("chatglm2", "raw")),
+        ("chatglm3-6b", "tokenizer/tokenizer.model", ("chatglm2", "chatglm3", "raw")),
+        ("glm-4-9b-chat", "glm-family/tokenizers/glm4_tokenizer.model", ("glm4",)),
+        ("glm-4-9b-0414", "glm-family/tokenizers/glm4_tokenizer.model", ("glm4",)),
+        ("chatglm-6b", "glm-family/tokenizers/ice_text.model", ("chatglm", "raw")),
+    ],
+)
+def test_the_ids_of_the_prompt_are_the_published_tokenizers(name, file, templates):
+    config = PRESETS[name]
+    tokenizer = Tokenizer.from_file(shared_path(file), family=config.family)
+    for template in templates:
         ids = build_prompt(tokenizer, template, PROMPT)
-        assert len(ids) == explain_run.PUBLISHED_LENGTHS[template]
+        assert greeting_ids(config, template) == ids, template
+    assert greeting_ids(replace(SIX, vocab_size=640), "chatglm2") is None
 
 
-@pytest.mark.parametrize(("columns", "tables"), [(40, 5), (100, 1)])
+@pytest.mark.parametrize(("columns", "tables"), [(40, 6), (100, 2), (120, 1)])
 def test_the_report_fits_the_terminal(walk, columns, tables):
-    lines = report.render(walk, None, columns)
+    ids = greeting_ids(SIX, "chatglm2") or ()
+    lines = report.render(replace(walk, tokens=[Token(i, "", "") for i in ids]), None, columns)
     assert max(map(text_width, lines)) <= columns
     assert sum(line.startswith("  residual add") for line in lines) == 2 * tables
     names = [name for line in lines if line.startswith("device ") for name in line.split()[1:]]
     assert names == [bound.device for bound in walk.bounds]
+    many = replace(walk, tokens=[Token(7, "", "")] * 5000)
+    assert " ".join(report.render(many, None, columns)).count("7,") < 150
     text = " ".join(" ".join(lines).split())
+    if columns >= 100:  # the published shapes are next to ours
+        assert "queries [1, 17, 32, 128] [17, 1, 32, 128] 16,781,312" in text
+        assert "gate and up [1, 17, 2, 13696] [17, 1, 27392]" in text
     for words in (
         "6,243,584,000 parameters",
         "[1, 32, 17, 17]",
-        "= [1, 17, 27392]",
+        "[17, 1, 27392]",
         "[17, 1, 4096]",
+        "64790, 64792, 790, 30951",
         "28 KiB a token; 448 KiB if all 32 heads",
         "27392 = 2 x 13696",
         "nothing here was measured",
@@ -203,6 +222,7 @@ def test_the_command_from_a_name(explained):
     assert err == "" and found["values"] is None
     assert [bound["device"] for bound in found["walk"]["bounds"]] == ["v5e-1", "h200"]
     assert found["walk"]["length"] == 17 and found["walk"]["length_from"] == "published"
+    assert [token["id"] for token in found["walk"]["tokens"]] == greeting_ids(SIX, "chatglm2")
     flags = ("--batch", "16", "--length", "128", "--json")
     found = json.loads(explained("--config", "chatglm2-6b-int4", *flags)[0])["walk"]
     assert found["weights_in"] == "int4" and found["prompt"] is None
@@ -221,6 +241,9 @@ def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, explained
     found = json.loads(out)
     assert "holds no weights: only shapes and costs" in err and found["values"] is None
     assert (found["walk"]["length"], found["walk"]["length_from"]) == (16, "tokenizer")
+    config = ("--config", str(tmp_path / "config.json"))  # next to a tokenizer, which is used
+    assert "its ids: [gMASK]=2044, sop=2046, ▁[=262, Round=263," in explained(*config)[0]
+    assert "prompt hello: " in explained(*config, "--prompt", "hello")[0]
     (tmp_path / "model.safetensors").write_bytes(bytes(2000))  # damaged is not the same as absent
     with pytest.raises(CheckpointError, match="model.safetensors"):
         main([*model])
@@ -236,6 +259,7 @@ def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, explained
         main([*model, "--prompt", "hello"])
     out, err = explained("--config", "codegeex2-6b")
     assert "the example is a prompt of 128 ids" in err and "128 ids, an example" in out
+    assert "the ids of a prompt are not known for this model" in err and "its ids" not in out
 
 
 @pytest.mark.parametrize(

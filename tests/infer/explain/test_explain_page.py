@@ -99,6 +99,8 @@ def drawn(folder: Path, page: str, address: str = "?lang=en") -> tuple[Tree, set
 def assert_no_error(tree: Tree) -> None:
     (html,) = (attributes for tag, attributes in tree.tags if tag == "html")
     assert html.get("data-ready") == "yes" and "data-failed" not in html
+    below_bar = re.fullmatch(r"scroll-padding-top: (\d+)px;", html.get("style") or "")
+    assert below_bar and int(below_bar[1]) > 40  # the bar covers no title that is scrolled to
 
 
 def test_shapes_and_costs_are_drawn_in_chinese(walk, tmp_path):

@@ -76,7 +76,8 @@ def test_the_report_of_an_idea_that_drafts(monkeypatch, tmp_path, capsys, reques
     assert model["moved_bytes"] > model["read_bytes"] / 2
 
 
-def test_the_table_and_the_picture(tmp_path, capsys):
+def test_the_table_and_the_picture(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
     reads = Reads(4, 1, 9, 9, 9)
     found = Result("full model", 2.0, 0.0, 1.0, {}, reads, 4e6, None, 1e5, 10, seconds=[0.5, 0.25])
     drafting = dataclasses.replace(

@@ -11,7 +11,7 @@ from glm2_jax.ideas import Idea, Reads
 from infer.lab import run
 from infer.lab.__main__ import main
 from infer.lab.files import IdeaFile, blamed, read_ideas
-from infer.lab.report import Report, Result
+from infer.lab.report import Report, Result, show
 from tests.support.commands import exit_code
 
 IDEA = """from glm2_jax.ideas import Idea
@@ -106,3 +106,39 @@ def test_nan_is_the_fault_of_the_idea(figure, monkeypatch, tmp_path):
 def test_an_exit_without_a_line_is_an_error_of_the_file():
     with pytest.raises(InputError, match=r"^idea.py: SystemExit"), blamed("idea.py"):
         raise SystemExit(0)
+
+
+def test_an_error_outside_of_the_file_is_the_ideas_all_the_same():
+    """Not "please report it": the model without the idea was measured before."""
+    with pytest.raises(InputError, match=r"^idea.py: TypeError: bad carry\nIt was raised out") as e:
+        with blamed("idea.py"):
+            raise TypeError("bad carry")
+    assert "--debug shows the traceback" in e.value.fix
+    for ours in (CheckpointError("the weights"), OSError(28, "No space left on device")):
+        with pytest.raises(type(ours)) as kept, blamed("idea.py"):
+            raise ours
+        assert kept.value is ours
+
+
+def test_the_table_fits_a_narrow_terminal(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(lab_of(monkeypatch, tmp_path, "one", "two")) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert max(map(len, out)) <= 40
+    assert [line.split()[0] for line in out if line.startswith("full model")] == ["full"] * 3
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(lab_of(monkeypatch, tmp_path, "one", "two")) == 0
+    [header] = (line for line in capsys.readouterr().out.splitlines() if "perplexity  " in line)
+    assert header.split()[0] == "idea" and header.endswith("cache")
+
+
+def test_an_option_without_a_default_value(monkeypatch, tmp_path, capsys):
+    paths = lab_of(monkeypatch, tmp_path, "one")
+    (tmp_path / "one.py").write_text(IDEA.replace("idea()", "idea(*, layers=None, name=None)"))
+    for text, value in (("3", 3), ("0.5", 0.5), ("all", "all")):
+        assert read_ideas(paths, [("layers", text)])[0].options == {"layers": value, "name": None}
+    result = Result("one", 2.0, 0.0, 1.0, {}, READS, 4e6, None, 1e5, 10, seconds=[1.0])
+    result.options = {"layers": 3, "name": None}
+    capsys.readouterr()
+    show(Report({}, 512, [result]), as_json=False)
+    assert "one: layers 3\n" in capsys.readouterr().out

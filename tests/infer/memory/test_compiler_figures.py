@@ -31,7 +31,7 @@ def dry(capsys, *args: str, device: str = "v5e-1") -> str:
 def test_without_the_compiler_one_line_says_where_it_is(capsys, monkeypatch):
     monkeypatch.setattr(compiler, "installed", lambda: False)
     monkeypatch.setattr(compiler, "_run", lambda request: pytest.fail("asked"))
-    assert dry(capsys).count("pip install 'glm2-jax[tpu-compile]'") == 1
+    assert dry(capsys).count("pip install 'jax[tpu]'") == 1
     assert json.loads(dry(capsys, "--json"))["compiled"] == []
     assert "tpu-compile" not in dry(capsys, device="3090")
     assert {card.platform for card in CARDS.values() if card.topology} == {"tpu"}

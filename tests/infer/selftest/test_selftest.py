@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import infer
 from convert.random import official_config, write_random
 from glm2_jax import PRESETS, CheckpointError, DeviceError, Tokenizer, last_logits
+from infer import known_ids
 from infer.engine import load
 from infer.engine.engine import Engine
 from infer.engine.load import demo_folder
@@ -73,6 +74,7 @@ def test_the_demo_passes(capsys):
     names = ["files", "parameters", "shapes", "finite", "prompt ids", "cache"]
     assert lines(text, "pass") == names + ["first token", "answer"] * 3
     assert "result       12 passed, 0 failed, 0 skipped" in text
+    assert "rope         plain; template chatglm2" in text  # in the words of convert.inspect
     assert "2,337,600" in text and "jax " in text and "decode " in text and "peak memory" in text
 
 
@@ -145,7 +147,7 @@ def test_of_later_families_only_what_was_checked_passes(capsys, tmp_path, monkey
     assert lines(text, "pass") == ["parameters", "shapes", "finite", "cache"]
     assert lines(text, "skipped") == ["files", "prompt ids", "first token", "answer"]
     assert f"architecture {family}, " in text and text.count("not known") == 3
-    assert ("none, positions are learned" in text) == (family == "glm")
+    assert ("rope         none: learned positions" in text) == (family == "glm")
 
 
 def test_toys_that_pose_as_a_published_checkpoint(capsys, tmp_path):
@@ -212,17 +214,17 @@ def test_known_prompts_against_the_published_tokenizer():
     assert data is not None
     for family, templates in (("chatglm2", ["chatglm2"]), ("chatglm3", ["chatglm2", "chatglm3"])):
         tokenizer = Tokenizer.from_bytes(data, family)
-        assert known.known_tokens(PRESETS[f"{family}-6b"], tokenizer) is known.PUBLISHED
-        for template in templates:
-            ids = known.PUBLISHED.prompts[template, known.HELLO]
-            assert checks.build_prompt(tokenizer, template, known.HELLO) == ids
-    assert len(known.PUBLISHED.prompts["chatglm2", known.HELLO]) == 17
+        assert known_ids.known_tokens(PRESETS[f"{family}-6b"], tokenizer) is known_ids.PUBLISHED
+        for template in (*templates, "raw"):
+            ids = known_ids.PUBLISHED.prompts[template, known_ids.HELLO]
+            assert checks.build_prompt(tokenizer, template, known_ids.HELLO) == ids
+    assert len(known_ids.PUBLISHED.prompts["chatglm2", known_ids.HELLO]) == 17
 
 
 def test_the_known_prompt_of_glm():
     file = shared_path("glm-family/tokenizers/cog-pretrain.model")
     tokenizer = Tokenizer.from_file(file, "glm")
-    found = known.known_tokens(PRESETS["glm-large-chinese"], tokenizer)
+    found = known_ids.known_tokens(PRESETS["glm-large-chinese"], tokenizer)
     assert found is not None
     [((template, text), ids)] = found.prompts.items()
     assert checks.build_prompt(tokenizer, template, text) == ids
@@ -232,13 +234,13 @@ def test_which_models_are_known():
     tokenizer = Tokenizer.from_bytes(sp_model())
     published = PRESETS["chatglm2-6b"]
     assert known.known_answers(published, tokenizer, "float16") == ()  # another tokenizer
-    assert known.known_tokens(tiny_config(), tokenizer) is None
-    tokenizer.num_pieces = known.PUBLISHED_PIECES
+    assert known_ids.known_tokens(tiny_config(), tokenizer) is None
+    tokenizer.num_pieces = known_ids.PUBLISHED_PIECES
     assert [a.first for a in known.known_answers(published, tokenizer, "float16")] == [36474]
     assert known.known_answers(published, tokenizer, "int4") == ()
     for name in ("chatglm2-6b-32k", "chatglm3-6b", "codegeex2-6b"):
         assert known.known_answers(PRESETS[name], tokenizer, "float16") == ()
-    assert known.known_tokens(PRESETS["codegeex2-6b"], tokenizer) is known.CODEGEEX2
+    assert known_ids.known_tokens(PRESETS["codegeex2-6b"], tokenizer) is known_ids.CODEGEEX2
     assert known.claimed_preset("THUDM/chatglm3-6b-32k") == "chatglm3-6b-32k"
     assert known.claimed_preset("glm-4-9b-chat-1m") == "glm-4-9b-chat-1m"
     assert known.claimed_preset("me/chatglm2-toy") is known.claimed_preset(None) is None

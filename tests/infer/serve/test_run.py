@@ -159,4 +159,4 @@ def test_the_missing_extra_is_named(capsys, monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "fastapi" else name)
     assert exit_code(command.main) == 2
     said = capsys.readouterr().err
-    assert "not installed: fastapi" in said and "pip install 'glm2-jax[serve]'" in said
+    assert "not installed: fastapi" in said and "pip install fastapi llguidance" in said

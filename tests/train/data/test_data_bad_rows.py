@@ -37,6 +37,11 @@ BAD_ROWS = [
     ('{"instruction": "Q", "output": "A", "output": "B"}', "the key 'output' appears twice"),
     ("{}", "no known format, its keys are none"),
     ({"question": "Q", "answer": "A"}, "no known format, its keys are 'question', 'answer': known"),
+    (
+        {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        "no known format, its keys are 'prompt', 'chosen', 'rejected': pairs of a chosen and a "
+        "rejected answer are for python -m train.preference",
+    ),
     (alpaca() | sharegpt(("human", "Q")), "it has the keys of alpaca and sharegpt"),
     (alpaca(query=" \n", input="\u3000"), "instruction is empty"),
     (alpaca(query=["Q"]), "instruction is not a string: it is of type list"),

@@ -110,6 +110,19 @@ def test_flags(tmp_path):
         opened(tmp_path, "--max-bad", "9")  # texts are only read where they are asked for
 
 
+@pytest.mark.parametrize("flags", [[], ["--check-data"], ["--max-bad", "9"]])
+def test_a_text_that_is_not_read_as_one(flags, tmp_path):
+    (tmp_path / "a.txt").write_text("Once upon a time\nthere was a row.\n")
+    args = lora.parser().parse_args(["--data", str(tmp_path / "a.txt"), *flags])
+    folder: Any = SimpleNamespace(tokenizer=GLM2, template="chatglm2", config=TINY)
+    said = r"a.txt does not hold rows\nline 1: not JSON: .*\nFor plain text, use --format text\.$"
+    with pytest.raises(InputError, match=said):
+        open_dataset(lora.make_recipe(args).data, folder)
+    (tmp_path / "a.txt").write_text('{"prompt": "Q", "response": "A"}\nno row\n')
+    args.max_bad = 1
+    assert len(open_dataset(lora.make_recipe(args).data, folder)) == 1  # rows, too
+
+
 def test_other_files_are_texts_or_conversations(tmp_path):
     """Of a row with the keys of a conversation a text is only a comment."""
     rows = [alpaca("Q", "A", text="both")] * 2

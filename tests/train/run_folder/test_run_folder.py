@@ -51,6 +51,18 @@ def test_a_setting_is_known_of_a_run_that_can_be_resumed_alone(tmp_path):
     assert recorded(tmp_path / "a", "lr") is None
 
 
+@pytest.mark.parametrize(("written", "meant"), [(True, "full"), (False, "none"), ("full", "full")])
+def test_a_run_of_an_earlier_version_can_be_resumed(written, meant, tmp_path):
+    begun(tmp_path)
+    flag = "--grad-checkpoint"
+    (tmp_path / "run.json").write_text(json.dumps(RUN | {flag: written}))
+    assert recorded(tmp_path, flag) == meant
+    with opened(tmp_path, **{flag: meant}):
+        pass
+    with pytest.raises(UsageError, match=f'{flag} was "{meant}" and is "products"'):
+        opened(tmp_path, **{flag: "products"})
+
+
 def test_a_run_is_neither_overwritten_nor_changed(tmp_path):
     with opened(tmp_path / "a", "none", lr=1e30) as folder:  # started over: it has no checkpoint
         folder.begin({"lr": 1e30})
@@ -237,7 +249,7 @@ def test_a_bucket_that_cannot_be_used(tmp_path, monkeypatch):
     with pytest.raises(InputError) as caught:
         opened(tmp_path / "out", place="gs://other/run")
     assert caught.value.what == "gs://other/run cannot be used"
-    assert "install gcsfs" in caught.value.why and "extra gcs" in caught.value.fix
+    assert "install gcsfs" in caught.value.why and "Install gcsfs" in caught.value.fix
     with pytest.raises(InputError, match="gs://other/run/state cannot be used"):
         Checkpoints("gs://other/run/state", keep=1)
 
