@@ -61,15 +61,20 @@ def run(settings: Settings) -> int:
             "Choose other --methods, or wider bounds of --similarity.",
         )
     if settings.dry_run:
-        print(examples(rows, new))
+        _show(examples(rows, new), aside=settings.json)
     else:
         _write(settings, [with_texts(row, {}) for row in rows] + [_fields(rows, x) for x in new])
-    text = report(len(rows), counts, as_json=settings.json)
-    if settings.output == "-" and not settings.dry_run:
+    aside = settings.output == "-" and not settings.dry_run
+    _show(report(len(rows), counts, as_json=settings.json), aside=aside)
+    return 0
+
+
+def _show(text: str, *, aside: bool) -> None:
+    """Print lines on standard output, or where a program reads that, on standard error."""
+    if aside:
         complain(*text.splitlines())
     else:
         print(text, flush=True)
-    return 0
 
 
 def _fields(rows: Sequence[Row], one: New) -> dict[str, Any]:
