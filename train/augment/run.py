@@ -14,6 +14,7 @@ from glm2_jax.cli.messages import Progress, complain, note
 from glm2_jax.datasets.rows import read_rows
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.escape import json_line
+from glm2_jax.extras import pip_install
 from infer.evaluate.rows import BadRows
 from infer.startup import note_demo_model
 from train.augment import noise, options
@@ -92,7 +93,7 @@ def _check(settings: Settings) -> None:
         if (name := _PACKAGES.get(method)) is not None and importlib.util.find_spec(name) is None:
             raise UsageError(
                 f"{name} is not installed, and the method {method} needs it",
-                fix="pip install 'glm2-jax[augment]'",
+                fix=pip_install("augment"),
             )
     if settings.dry_run or settings.output == "-":
         return

@@ -161,7 +161,7 @@ def test_what_is_refused(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="opencc is not installed") as error:
         main([*flags, "--methods", "script", "--overwrite"])
-    assert error.value.fix == "pip install 'glm2-jax[augment]'"
+    assert error.value.fix == "pip install jieba opencc pypinyin"
 
 
 def test_bad_rows(tmp_path, monkeypatch, capsys):
