@@ -65,7 +65,7 @@ def load(
 
     Args:
         path: a folder that `convert.load_checkpoint` knows, or a hub's "owner/name"; None = demo.
-        dtype, quantize, quantize_embeddings, rope_kind, template, family: of `load_checkpoint`.
+        dtype, quantize, quantize_embeddings, rope_kind, template, family: as in `load_checkpoint`.
         layers: "stacked" or "list"; None = what is faster on the device.
         mesh: over all devices of all processes: "data=2,tensor=4", axis -> size, a `Mesh`; or None.
         max_length, prefill_chunk: of prompt and answer (None = 8192, or what the model has), of all
