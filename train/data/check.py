@@ -58,9 +58,13 @@ def report(dataset: Dataset, figures: Figures | None = None) -> str:
 
 def _bad(dataset: Dataset) -> list[str]:
     lines = summed(dataset.bad)[0]
-    if dataset.num_bad > len(dataset.bad):
-        lines.append(f"... and {dataset.num_bad - len(dataset.bad)} more")
+    lines += _rest(dataset.num_bad, len(dataset.bad))
     return lines + [f"bad: {n} x {reason}" for reason, n in dataset.bad_reasons.most_common()]
+
+
+def _rest(total: int, listed: int) -> list[str]:
+    """Return the line after a list that was cut, if it was."""
+    return [f"... and {total - listed} more"] if total > listed else []
 
 
 def _repeats(dataset: Dataset, figures: Figures) -> list[str]:
@@ -71,7 +75,7 @@ def _repeats(dataset: Dataset, figures: Figures) -> list[str]:
 
     def listed(pairs: list[tuple[int, int]], verb: str) -> list[str]:
         places = ((dataset.source(rows[x]), dataset.source(rows[y])) for x, y in pairs[:_LISTED])
-        return [f"{where} {verb} {other}" for where, other in places]
+        return [f"{where} {verb} {other}" for where, other in places] + _rest(len(pairs), _LISTED)
 
     lines = []
     if growing:
@@ -131,7 +135,7 @@ def leakage(dataset: Dataset, figures: Figures, learned: Dataset, validation: Da
     for how, row, other in found[:_LISTED]:
         where = (validation if alone else dataset).source(theirs.firsts[row])
         lines.append(f"{where} {how} {dataset.source(ours.firsts[other])}")
-    return join_lines(lines)
+    return join_lines(lines + _rest(len(found), _LISTED))
 
 
 def _lengths(dataset: Dataset) -> list[str]:

@@ -172,6 +172,11 @@ def test_a_file_that_is_given_twice_is_reported_and_counted_once(tmp_path, capsy
     ]
 
 
+def test_a_cut_list_of_near_duplicates_counts_the_rest(tmp_path):
+    text = report(open_rows(tmp_path / "data", [alpaca("今天天气怎么样")] * 7))
+    assert text.count("nearly repeats") == 5 and "data:1\n... and 1 more\n" in text
+
+
 def test_rows_that_repeat_the_dialogue_so_far_are_reported(tmp_path):
     turns = [[f"question {n}", f"answer {n}"] for n in range(4)]
     growing = [alpaca(*turns[n], history=turns[:n]) for n in range(4)]
