@@ -28,7 +28,7 @@ from infer.memory.shares import Sizes, sizes_of
 from infer.startup import find_choice
 from infer.tuning.training import WITHOUT_MEASURING
 from train import compiler
-from train.data.dataset import widest_row
+from train.data.dataset import counted, widest_row
 from train.defaults import MICRO_BATCHES
 from train.memory import TrainingPlan, adapter_of
 from train.recipe import Recipe
@@ -131,8 +131,8 @@ def _render(
         where = f"each device of {mesh_text(dict(first.mesh))} ({budget.name})"
     yield f"{name}, training {what} on {where}: {memory}"
     yield (
-        f"{first.batch} rows of {first.length:,} tokens per micro-batch, {first.accumulate} "
-        "micro-batches per step"
+        f"{counted(first.batch, 'row')} of {first.length:,} tokens per micro-batch, "
+        f"{first.accumulate} micro-batch{'es' * (first.accumulate != 1)} per step"
     )
     yield ""
     head = ("weights in", "recompute", "base", "trained", "activations", "total", "fits")

@@ -90,7 +90,8 @@ def _lines(commands: dict[str, str]) -> str:
 def _unknown(prog: str, name: str, known: list[str]) -> NoReturn:
     import difflib
 
-    near = difflib.get_close_matches(name, known, n=1)
+    near = [command for command in known if name and command.startswith(name)]
+    near = near or difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     print(f"{prog}: unknown command {name!r}{hint}\n{prog} --help lists them", file=sys.stderr)
     sys.exit(2)

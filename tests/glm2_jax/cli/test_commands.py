@@ -57,6 +57,7 @@ def test_a_command_runs_its_module_where_the_user_has_files_of_such_names(tmp_pa
         (["--help"], "glm2 COMMAND --help lists"),
         (["--version"], "glm2-jax "),
         (["chatt", "--model", "x"], "unknown command 'chatt' (did you mean chat?)"),
+        (["gen"], "unknown command 'gen' (did you mean generate?)"),
         (["--prompt", "x"], "unknown command '--prompt'\nglm2 --help lists them"),
     ],
 )
