@@ -19,6 +19,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 LANGUAGE_LINE = re.compile(r"^\[(?:中文|English)\]\([\w.-]+\)\n", re.MULTILINE)
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)\s#]+)\)")  # a link that may leave docs/
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 COPIES = "files"  # where such files are put on the site
 
 
@@ -44,6 +45,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Fill in what is generated, and fit links to the site."""
     file = Path(page.file.abs_src_path or "")
     markdown = LANGUAGE_LINE.sub("", markdown, count=1)
+    markdown = PICTURE.sub(r"[\g<0>](\1)", markdown)  # a click shows it in full size
     if "<!-- commands -->" in markdown:
         markdown = markdown.replace("<!-- commands -->", all_commands())
     if "<!-- changelog -->" in markdown:
