@@ -66,6 +66,11 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     return OUTSIDE.sub(link, markdown)
 
 
+def on_page_content(html: str, **_: object) -> str:
+    """Mark code that is one short word, such as a flag, which a phone must not break in two."""
+    return re.sub(r"<code>([^<\s]{1,24})</code>", r'<code class="word">\1</code>', html)
+
+
 def _changelog() -> str:
     """CHANGELOG.md without its title, with links as from docs/reference/."""
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("\n")[2]

@@ -48,7 +48,7 @@ class Engine:
         on_event: called with a kind ("compile") and a line of text, for progress of new ones.
 
     Attributes:
-        checkpoint, config, tokenizer, template: what was opened.
+        checkpoint: what was opened; `config`, `tokenizer` and `template` are parts of it.
         written: how prompts are written by that template.
         max_length: longest prompt and answer together.
         prefill_chunk: how many tokens of prompts, of all rows together, are read at once. Where
