@@ -1,6 +1,6 @@
 """Does augmentation raise the accuracy on wordings that were not trained on?
 
-Trains the demo model on examples/facts.jsonl by examples/recipes/demo.yml, as it is and with the
+Trains the demo model on examples/facts.jsonl by the recipe demo, as it is and with the
 new rows of `train.augment`: the same optimizer steps, rows a step and learning rate, once for each
 seed, which also draws the new rows. Then it answers examples/facts_paraphrased.jsonl, greedily.
 Those wordings were written by hand before the templates and the table of synonyms; none of them is
@@ -26,7 +26,7 @@ from train import lora
 from train.augment.__main__ import main as augment
 
 FACTS, WANTED = Path("examples/facts.jsonl"), Path("examples/facts_paraphrased.jsonl")
-RECIPE = "examples/recipes/demo.yml"
+RECIPE = "demo"
 NONE = "none"
 ARMS = (
     NONE, "template", "typo,homophone,width,script", "synonym,swap,delete",
