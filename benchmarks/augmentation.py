@@ -1,8 +1,8 @@
 """Does augmentation raise the accuracy on wordings that were not trained on?
 
-Trains the demo model on examples/facts.jsonl by the recipe demo, as it is and with the
-new rows of `train.augment`: the same optimizer steps, rows a step and learning rate, once for each
-seed, which also draws the new rows. Then it answers examples/facts_paraphrased.jsonl, greedily.
+Trains the demo model on examples/facts.jsonl by the recipe demo, as it is and with the new rows of
+`train.augment`: the same optimizer steps, rows a step and learning rate, once for each seed,
+which also draws the new rows. Then it answers examples/facts_paraphrased.jsonl, greedily.
 Those wordings were written by hand before the templates and the table of synonyms; none of them is
 a question of a training file, which is checked.
 

@@ -8,6 +8,7 @@ PACKAGES = {
     "tpu": "jax[tpu]",
     "tpu-compile": "jax[tpu]",
     "plot": "matplotlib",
+    "augment": "jieba opencc pypinyin",
     "evaluate": "jieba jsonschema nltk rouge-chinese sacrebleu",
     "rate": "krippendorff",
     "sweep": "cmaes matplotlib optuna",

@@ -18,9 +18,12 @@ _ATTENTION = ("q", "k", "v", "attention", "o")
 _KEPT = {"products": (*_ATTENTION, "gate_up"), "attention": _ATTENTION, "full": ()}
 
 
-def saving(layer: Any, policy: str, wrap: Callable[..., Any] = jax.checkpoint) -> Any:
-    """Return a layer's function whose backward pass recomputes what `policy`, one of
-    `choices.REMAT`, says; `wrap` is `jax.checkpoint`, or Linen's for a function of modules."""
+def saving(layer: Any, policy: str | bool, wrap: Callable[..., Any] = jax.checkpoint) -> Any:
+    """Return a layer's function whose backward pass recomputes what `policy` says, one of
+    `choices.REMAT`, or True for full and False for none; `wrap` is `jax.checkpoint`, or Linen's
+    for a function of modules."""
+    if isinstance(policy, bool):
+        policy = "full" if policy else "none"
     if policy == "none":
         return layer
     return wrap(layer, policy=checkpoint_policies.save_only_these_names(*_KEPT[policy]))

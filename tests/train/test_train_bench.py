@@ -106,7 +106,7 @@ def test_the_forms_of_training_are_those_that_were_measured(capsys, monkeypatch,
     monkeypatch.setattr(bench, "_build", lambda *args: built.append(args) or take)
     assert command() == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "stacked step 2 x 16, recomputing products" in said
+    assert "step 2 x 16, recomputing products" in said
     assert "(--tuned): attention in complete texts to 512: xla" in said
     for flag in (["--no-grad-checkpoint"], ["--grad-checkpoint", "full"], ["--tuned", "off"]):
         assert command(*flag) == 0

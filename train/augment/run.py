@@ -14,6 +14,7 @@ from glm2_jax.cli.messages import Progress, complain, note
 from glm2_jax.datasets.rows import read_rows
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.escape import json_line
+from glm2_jax.extras import pip_install
 from infer.evaluate.rows import BadRows
 from infer.startup import note_demo_model
 from train.augment import noise, options
@@ -61,15 +62,20 @@ def run(settings: Settings) -> int:
             "Choose other --methods, or wider bounds of --similarity.",
         )
     if settings.dry_run:
-        print(examples(rows, new))
+        _show(examples(rows, new), aside=settings.json)
     else:
         _write(settings, [with_texts(row, {}) for row in rows] + [_fields(rows, x) for x in new])
-    text = report(len(rows), counts, as_json=settings.json)
-    if settings.output == "-" and not settings.dry_run:
+    aside = settings.output == "-" and not settings.dry_run
+    _show(report(len(rows), counts, as_json=settings.json), aside=aside)
+    return 0
+
+
+def _show(text: str, *, aside: bool) -> None:
+    """Print lines on standard output, or where a program reads that, on standard error."""
+    if aside:
         complain(*text.splitlines())
     else:
         print(text, flush=True)
-    return 0
 
 
 def _fields(rows: Sequence[Row], one: New) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def _check(settings: Settings) -> None:
         if (name := _PACKAGES.get(method)) is not None and importlib.util.find_spec(name) is None:
             raise UsageError(
                 f"{name} is not installed, and the method {method} needs it",
-                fix="pip install 'glm2-jax[augment]'",
+                fix=pip_install("augment"),
             )
     if settings.dry_run or settings.output == "-":
         return
