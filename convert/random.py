@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from convert import options
 from glm2_jax.choices import STORED_DTYPES
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.arguments import path_argument, positive, whole
+from glm2_jax.cli.arguments import path_argument, positive, random_seed
 from glm2_jax.cli.bundled import MODELS, find_bundled
 from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.cli.parser import Parser
@@ -63,7 +63,7 @@ def build_parser() -> Parser:
         "that holds it, or demo",
     )  # fmt: skip
     weights = parser.add_argument_group("weights")
-    weights.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed")
+    weights.add_argument("--seed", type=random_seed, default=0, metavar="N", help="random seed")
     weights.add_argument("--dtype", choices=STORED_DTYPES, default="float16", help="type to store")
     options.add_shard_size(weights, default="2GB")
     parser.add_common()

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from glm2_jax.choices import REMAT
-from glm2_jax.cli.arguments import above_zero, number, path_argument, positive, whole
+from glm2_jax.cli.arguments import above_zero, number, path_argument, positive, random_seed
 from glm2_jax.cli.files import BUCKET, refuse_url
 from glm2_jax.cli.parser import flag
 
@@ -156,7 +156,7 @@ class TrainingOptions:
     neftune: float = _number(
         "NEFTune noise on the embeddings, with this alpha; 0 = off", default=0.0
     )
-    seed: int = flag("random seed", type=whole, default=0, metavar="N")
+    seed: int = flag("random seed", type=random_seed, default=0, metavar="N")
     nan_policy: str = flag(
         "if loss or gradient is NaN or infinite: abort the run, or skip the step",
         choices=NAN_POLICIES, default="abort",

@@ -12,6 +12,8 @@ from glm2_jax.cli.files import refuse_url
 from glm2_jax.errors import UsageError
 from glm2_jax.extras import pip_install
 
+MAX_SEED = 2**63 - 1
+
 
 def whole(text: str, least: int = 0) -> int:
     """Parse a whole number of 0 or more, for argparse."""
@@ -25,6 +27,13 @@ def whole(text: str, least: int = 0) -> int:
 def positive(text: str) -> int:
     """Parse a whole number of 1 or more, for argparse."""
     return min(whole(text, 1), 2**31 - 1)  # larger than any real value, and still easy to print
+
+
+def random_seed(text: str) -> int:
+    """Parse a random seed of 0 or more for argparse: at most what jax takes."""
+    if (value := whole(text)) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_SEED}, got {text!r}")
+    return value
 
 
 def number(text: str) -> float:

@@ -221,12 +221,19 @@ def require_file_place(path: str | os.PathLike) -> Path:
     return real
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file, complete or not at all; one that it replaces keeps its mode."""
-    with new_output(path, lambda: None, needed=len(data), folder=False) as new:
-        new.write_bytes(data)
+@contextlib.contextmanager
+def new_file(path: Path, check: Callable[[], None], *, needed: int = 0) -> Iterator[Path]:
+    """Give a temporary path for a file, as `new_output`; one that it replaces keeps its mode."""
+    with new_output(path, check, needed=needed, folder=False) as new:
+        yield new
         if path.exists():
             new.chmod(stat.S_IMODE(path.stat().st_mode))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file, complete or not at all; one that it replaces keeps its mode."""
+    with new_file(path, lambda: None, needed=len(data)) as new:
+        new.write_bytes(data)
 
 
 def cannot_write_file(path: Path, error: OSError) -> InputError:

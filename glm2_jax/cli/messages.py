@@ -12,7 +12,8 @@ from typing import TextIO
 from glm2_jax.escape import escape_controls, join_lines
 
 _CLEAR = "\r\x1b[K"  # the line of a terminal
-_speaker: str | None = None  # set in a process that prints only errors, after this name
+_prefix = ""  # of every line, in one of several processes: "process 1: "
+_silent = False  # set in a process that prints only errors
 _shown_on: TextIO | None = None  # the terminal that a progress line is on
 
 
@@ -43,9 +44,9 @@ class Progress:
     ):
         self.label, self.total, self.show, self.before = label, total, show, done
         self.stream = sys.stderr if stream is None else stream
-        silent = _speaker is not None
-        self.terminal = self.stream.isatty() and not silent
-        self.interval = math.inf if silent else 0.1 if self.terminal else interval
+        # Several processes cannot rewrite one line.
+        self.terminal = self.stream.isatty() and not _prefix
+        self.interval = math.inf if _silent else 0.1 if self.terminal else interval
         self.start = self.last = time.monotonic()
 
     def __call__(self, done: float, more: str = "") -> None:
@@ -66,7 +67,7 @@ class Progress:
         if self.terminal:  # a line that wraps could not be cleared
             line = _CLEAR + cut_to_width(line, _columns(self.stream) - 1)
             _shown_on = self.stream
-        _print(line if self.terminal else f"{line}\n", self.stream)
+        _print(line if self.terminal else f"{_prefix}{line}\n", self.stream)
 
     def update(self, done: float, total: float) -> None:
         """Record that `done` of a `total` that is known now is finished."""
@@ -87,25 +88,31 @@ class Progress:
         self.close()
 
 
+def speak_as(name: str) -> None:
+    """Print each line after the name of this process from now on."""
+    global _prefix
+    _prefix = f"{name}: "
+
+
 def only_errors(name: str) -> None:
     """Print only errors from now on, each line after `name`: another process prints the rest."""
-    global _speaker
-    _speaker = name
+    global _silent
+    _silent = True
+    speak_as(name)
 
 
 def note(text: str) -> None:
     """Print a line for the user that is not part of the answer: on stderr, escaped."""
     global _shown_on
-    if _speaker is None:
+    if not _silent:
         clear = _CLEAR if _shown_on is sys.stderr else ""
         _shown_on = None
-        _print(f"{clear}{escape_controls(text)}\n")
+        _print(f"{clear}{_prefix}{escape_controls(text)}\n")
 
 
 def complain(*lines: str) -> None:
     """Print the lines of an error: on stderr, escaped."""
-    prefix = "" if _speaker is None else f"{_speaker}: "
-    _print(join_lines(prefix + line for line in lines) + "\n")
+    _print(join_lines(_prefix + line for line in lines) + "\n")
 
 
 def _print(text: str, stream: TextIO | None = None) -> None:

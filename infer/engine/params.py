@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from glm2_jax.cli.arguments import MAX_SEED
 from glm2_jax.errors import UsageError, shorten
 
 MAX_LOGPROBS = 20  # the compiled step always has room for this many alternatives
 MAX_BIASES = 300  # as in the API of OpenAI
 MAX_STOP_TOKEN_IDS = 16
-MAX_SEED = 2**63 - 1
 MAX_ID = 2**31 - 1
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the largest float32
 

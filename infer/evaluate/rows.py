@@ -42,7 +42,8 @@ class BadRows:
     def check(self, good: int) -> None:
         """Raise InputError if no row is left, or more rows are bad than allowed."""
         if not good:
-            raise InputError("no row can be used", f"bad rows: {self.count}")
+            why = f"bad rows: {self.count}" if self.count else "there is none"
+            raise InputError("no row can be used", why)
         if self.count > self.limit:
             raise InputError(
                 f"bad rows: {self.count} of {self.count + good}",

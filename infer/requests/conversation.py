@@ -5,13 +5,14 @@ from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
+from glm2_jax.cli.arguments import MAX_SEED
 from glm2_jax.errors import CheckpointError, InputError
 from glm2_jax.text.prompt import build_followup
 from glm2_jax.text.roles import Reply
 from infer.engine.answer import RoleText, reply_of
 from infer.engine.call import closed_at_exit
 from infer.engine.engine import Engine
-from infer.engine.params import MAX_SEED, SamplingParams
+from infer.engine.params import SamplingParams
 from infer.engine.rows import TokenEvent
 from infer.engine.session import Session
 from infer.engine.stats import Stats, add_stats

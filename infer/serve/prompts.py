@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from glm2_jax.cli.arguments import MAX_SEED
 from glm2_jax.errors import InputError, shorten
 from glm2_jax.text.prompt import build_prompt, with_blank
 from glm2_jax.text.prompt import text_ids as prompt_ids
 from glm2_jax.text.roles import build_messages
 from infer.batching.grammar import Matcher
-from infer.engine.params import MAX_SEED, PRESETS, SamplingParams
+from infer.engine.params import PRESETS, SamplingParams
 from infer.serve import messages
 from infer.serve.errors import ApiError, of_expected, too_long
 from infer.serve.schema import ChatBody, Common, CompletionBody, Message, OfficialBody, Tool

@@ -136,7 +136,12 @@ def _line_as_json(line: Measured) -> list[Any]:
 
 def _line_from_json(found: list[Any]) -> Measured:
     what, choice = found
-    return Measured(what, Choice(**choice))
+    made = Choice(**choice)
+    if made.seconds and not (
+        {made.name, made.usual} <= set(made.seconds) and all(x > 0 for x in made.seconds.values())
+    ):
+        raise ValueError(f"{what} has no times of its forms")
+    return Measured(what, made)
 
 
 def _from_json(found: dict[str, Any]) -> Tuned:
@@ -153,6 +158,8 @@ def _from_json(found: dict[str, Any]) -> Tuned:
     training = []
     for rows, length, *lines in found["training"]:
         one = Trained(int(rows), int(length), *map(_line_from_json, lines))
+        if min(one[:2]) < 1:
+            raise ValueError(f"training {one.rows} x {one.length} is no shape")
         if not {one.remat.choice.name, *one.remat.choice.seconds} <= set(REMAT):
             raise KeyError(one.remat.choice.name)
         if one.form is not None:

@@ -1,17 +1,22 @@
 """`python -m train.sweep` on a tiny model: searches, folds, pruning, a study that was killed."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
 import pytest
 
+from glm2_jax.cli import interrupt
+from glm2_jax.cli.main import EXIT_DEVICE
 from glm2_jax.errors import InputError, UsageError
+from glm2_jax.processes.supervise import Worker
 from infer.engine.params import SamplingParams
 from tests.support.checkpoints import save, tiny_config
 from tests.support.engine_toy import compilations
@@ -20,6 +25,7 @@ from tests.support.training_data import alpaca, open_files, role_messages, write
 from train import lora
 from train.programs import Programs
 from train.sweep import __main__ as sweep
+from train.sweep import jobs
 from train.sweep import study as study_module
 from train.sweep.folds import split_fold
 from train.sweep.options import SweepOptions
@@ -123,6 +129,52 @@ def test_killed_anywhere_it_ends_as_if_never_killed(whole, flags, tmp_path):
     assert trials_of(folder) == trials_of(whole[0])
 
 
+def test_jobs_share_a_study(flags, tmp_path, capfd):
+    """Two processes, each on what would be a GPU of its own, try every point once."""
+    argv = [*flags, *SPACE, "--trials", "4", "--jobs", "2", "--output", str(tmp_path / "a")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "find_gpus", lambda jobs, device: ["0", "1"])
+        assert sweep.main(argv) == 0
+        out, err = capfd.readouterr()
+        assert "train the best on all rows" in out
+        done = [line for line in err.splitlines() if "val_loss" in line]
+        assert sorted(re.sub(r"^job [01]: trial (\d).*", r"\1", x) for x in done) == [*"0123"]
+        assert [state.name for _, state, *_ in trials_of(tmp_path / "a")] == ["COMPLETE"] * 4
+
+
+def test_a_job_that_is_killed_is_named(monkeypatch, capsys):
+    def killed(command, over, **more):
+        assert command[-1] == f"--job={more['environment']['CUDA_VISIBLE_DEVICES']}"
+        kill = "exit 0" if command[-1] == "--job=0" else "kill -9 $$"
+        return Worker(["sh", "-c", kill], over, **more)
+
+    monkeypatch.setattr(jobs, "Worker", killed)
+    handlers = {signum: signal.getsignal(signum) for signum in interrupt.ending_signals()}
+    try:
+        assert jobs.run_jobs([], ["0", "1"]) == EXIT_DEVICE
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    assert "job 1 was terminated by SIGKILL; --resume auto continues" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "found"),
+    [(None, "auto", ["0", "1"]), ("2,,0", "gpu", ["2", "0"]), ("2", "gpu", None),
+     (None, "cpu", None)],
+)  # fmt: skip
+def test_each_job_has_a_gpu_of_its_own(visible, device, found, monkeypatch):
+    monkeypatch.setattr(jobs, "find_nvidia", lambda: SimpleNamespace(gpus=["a GPU"] * 3))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if found is None:
+        with pytest.raises(UsageError, match="--jobs 2 needs 2 GPUs"):
+            jobs.find_gpus(2, device)
+    else:
+        assert jobs.find_gpus(2, device) == found
+
+
 def test_what_is_refused(whole, flags, data, tmp_path, capsys):
     folder = str(whole[0])
     for words, error, said in (
@@ -130,6 +182,9 @@ def test_what_is_refused(whole, flags, data, tmp_path, capsys):
         ("--space lr=1e-3 --trials 0", SystemExit, "at least 1"),
         ("--space lr=x", SystemExit, "argument --lr"),
         ("--space learn=1,2", UsageError, "learn is not a setting of train.lora"),
+        ("--space jobs=1,2", UsageError, "jobs is not a setting of train.lora"),
+        ("--space lr=1e-3..1e-1:log:0", SystemExit, "got '1e-3..1e-1:log:0'"),
+        ("--space seed=0..99999999999999999999", SystemExit, "must be at most 9223372036854775807"),
         ("--space output=a,b", UsageError, "output cannot be searched"),
         ("--space lr=2..1", UsageError, "must have LOW < HIGH"),
         ("--space lr=0..1:log", UsageError, "must have 0 < LOW"),

@@ -29,7 +29,8 @@ def typo(text: str, rng: Random, rate: float) -> str:
     """Swap letters or Chinese characters with their neighbors, drop or repeat them."""
     free = free_places(text)
     characters, places = list(text), set(free)
-    for at in (picked := chosen(free, rng, rate)):
+    picked = dict.fromkeys(chosen(free, rng, rate))
+    for at in picked:
         kind = rng.choice(("swap", "drop", "repeat"))
         if kind == "swap" and at + 1 in places and at + 1 not in picked:
             characters[at : at + 2] = characters[at + 1], characters[at]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from glm2_jax.cli.arguments import number, path_argument, positive, whole
+from glm2_jax.cli.arguments import number, path_argument, positive, random_seed, whole
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.cli.parser import flag
 from glm2_jax.datasets import FORMATS, PREFERENCE
@@ -84,7 +84,7 @@ class MethodOptions:
         "table)",
         type=path_argument, metavar="FILE",
     )  # fmt: skip
-    seed: int = flag("random seed; the same seed gives the same rows", type=whole, default=0,
+    seed: int = flag("random seed; the same seed gives the same rows", type=random_seed, default=0,
                      metavar="N")  # fmt: skip
 
 

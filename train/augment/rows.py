@@ -50,6 +50,8 @@ def read_row(where: str, value: Any, fmt: str = "auto") -> Row:
     if not isinstance(fields, dict):
         raise InputError("not a JSON object", "write {...} with a value for each key")
     found = (PREFERENCE if is_pair(fields) else detect(fields)) if fmt == "auto" else fmt
+    if isinstance(value, str) and not value.strip():
+        raise InputError("it is empty")
     if found is None and TEXT in fields:
         raise InputError("a plain text has no question", "the texts of users are augmented")
     if found is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
+from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from glm2_jax.cli.files import real_path, replace_file, require_file_place
+from glm2_jax.cli.files import new_file, real_path, require_file_place
 from glm2_jax.cli.messages import Progress, complain, note
 from glm2_jax.datasets.rows import read_rows
 from glm2_jax.errors import InputError, UsageError
@@ -47,24 +48,28 @@ def run(settings: Settings) -> int:
     """Augment the rows, write them and print the report; returns the exit code."""
     _check(settings)
     changes = _changes(settings)
-    rows = _read(settings)
-    if settings.dry_run:
-        rows = rows[:_SHOWN]
     counts = Counts(settings.methods)
-    new, asked = _by_rule(rows, changes, settings, counts)
-    if asked:
-        new += _by_model(rows, new, asked, settings, counts)
-    new.sort(key=lambda one: one.row)
-    if not new:
-        raise InputError(
-            f"no new row: {counts.rejected} were rejected",
-            counts.lines(),
-            "Choose other --methods, or wider bounds of --similarity.",
-        )
-    if settings.dry_run:
-        _show(examples(rows, new), aside=settings.json)
-    else:
-        _write(settings, [with_texts(row, {}) for row in rows] + [_fields(rows, x) for x in new])
+    with _output(settings) as file:
+        rows = _read(settings)
+        if settings.dry_run:
+            rows = rows[:_SHOWN]
+        new, asked = _by_rule(rows, changes, settings, counts)
+        if asked:
+            new += _by_model(rows, new, asked, settings, counts)
+        new.sort(key=lambda one: one.row)
+        if not new:
+            raise InputError(
+                f"no new row: {counts.rejected} were rejected",
+                counts.lines(),
+                "Choose other --methods, or wider bounds of --similarity.",
+            )
+        if settings.dry_run:
+            _show(examples(rows, new), aside=settings.json)
+        else:
+            all_rows = [with_texts(row, {}) for row in rows] + [_fields(rows, x) for x in new]
+            _write("".join(f"{json_line(row)}\n" for row in all_rows), file)
+    if file is not None:
+        note(f"{len(rows) + len(new)} rows are in {settings.output}")
     aside = settings.output == "-" and not settings.dry_run
     _show(report(len(rows), counts, as_json=settings.json), aside=aside)
     return 0
@@ -95,8 +100,13 @@ def _check(settings: Settings) -> None:
                 f"{name} is not installed, and the method {method} needs it",
                 fix=pip_install("augment"),
             )
+
+
+def _output(settings: Settings) -> AbstractContextManager[Path | None]:
+    """Return a context that gives the file to write, which no other run can write meanwhile; None
+    for standard output, and where nothing is written."""
     if settings.dry_run or settings.output == "-":
-        return
+        return nullcontext()
     if settings.output is None:
         raise UsageError(
             "No --output was given.", fix="Name a file, or look at examples first: --dry-run."
@@ -106,10 +116,14 @@ def _check(settings: Settings) -> None:
         raise UsageError(
             f"--output and --data are both {settings.output}", fix="Name another file."
         )
-    if place.exists() and not settings.overwrite:
-        raise UsageError(
-            f"{settings.output} exists already", fix="Name another file, or add --overwrite."
-        )
+
+    def check() -> None:
+        if not settings.overwrite:
+            raise UsageError(
+                f"{settings.output} exists already", fix="Name another file, or add --overwrite."
+            )
+
+    return new_file(place, check)
 
 
 def _changes(settings: Settings) -> dict[str, Change]:
@@ -207,7 +221,7 @@ def _by_model(
     low, high = settings.similarity or (options.LOW, options.HIGH)
     checker = Checker(low, high, chain((row.texts[-1] for row in rows), known))
     found: list[New] = []
-    for method, _ in Counter(method for _, method in asked).items():
+    for method in dict.fromkeys(method for _, method in asked):
         numbers = [number for number, name in asked if name == method]
         questions = [rows[number].texts[-1] for number in numbers]
         written = write(engine, method, questions, sampling, batch)
@@ -220,11 +234,8 @@ def _by_model(
     return found
 
 
-def _write(settings: Settings, fields: list[dict[str, Any]]) -> None:
-    lines = "".join(f"{json_line(row)}\n" for row in fields)
-    if settings.output == "-":
+def _write(lines: str, file: Path | None) -> None:
+    if file is None:
         print(lines, end="", flush=True)
-        return
-    assert settings.output is not None
-    replace_file(real_path(settings.output), lines.encode())
-    note(f"{len(fields)} rows are in {settings.output}")
+    else:
+        file.write_bytes(lines.encode())

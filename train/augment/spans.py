@@ -13,11 +13,12 @@ from collections.abc import Callable
 from train.data.language import CODE, ZH, language_of
 
 _NUMERALS = "零〇一二三四五六七八九十百千万亿两"
-_QUOTED = r"《[^》\n]*》|“[^”\n]*”|\"[^\"\n]*\"|「[^」\n]*」|『[^』\n]*』|`[^`\n]+`"
+# Each alternative fails at once inside what it failed on before: base64 and the like are long.
+_QUOTED = r"《[^《》\n]*》|“[^“”\n]*”|\"[^\"\n]*\"|「[^「」\n]*」|『[^『』\n]*』|`[^`\n]+`"
 _WORD = r"(?<![A-Za-z])[A-Za-z][A-Za-z0-9_+#-]*"
 # Capitalized words one after another, and one that does not begin a sentence; Qwen2, GPT-4, iPhone.
 _NAME = (
-    r"(?<![A-Za-z])[A-Z][\w'’-]*(?: [A-Z][\w'’-]*)+"
+    r"(?<!\w)[A-Z][\w'’-]*(?: [A-Z][\w'’-]*)+"
     r"|(?<!^)(?<![.!?] )(?<![。！？\n])(?<![A-Za-z])[A-Z][A-Za-z0-9'’-]*"
     r"|(?<![A-Za-z])[A-Za-z]*(?:[a-z][A-Z]|[A-Za-z]-?\d)[A-Za-z0-9-]*"
 )
@@ -25,7 +26,7 @@ _NUMBER = rf"\d[\d.,:/%]*|[{_NUMERALS}]+"
 _KEPT = (
     r"```.*?(?:```|\Z)"
     r"|<[^<>\s]{1,40}>|\[[A-Za-z][\w ]{0,20}\]"  # special tokens, tags, blanks
-    r"|\w+://\S+|[\w.+-]+@[\w-]+\.[\w.]+"  # addresses
+    r"|(?<!\w)\w+://\S+|(?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.]+"  # addresses
     rf"|{_QUOTED}|{_NAME}|{_NUMBER}"
 )
 _PROTECTED = re.compile(_KEPT, re.DOTALL | re.ASCII)

@@ -28,6 +28,7 @@ _ASKING = frozenset(
 )
 _NEGATIONS = tuple("不没无非未勿别")
 _TOKEN = re.compile(rf"[A-Za-z]+(?:['’-][A-Za-z]+)*|[{CHINESE}]+|[^\W\d_]+|.", re.DOTALL)
+_DRAWN = 20  # words, of which the first other one changes places with a word
 _SEPARATORS = re.compile(r"\s*[,，、;；\t]\s*")
 
 
@@ -77,9 +78,9 @@ class Words:
         """Let words swap their places with others."""
         tokens, words = self._cut(text)
         for at in chosen(words, rng, rate):
-            if others := [other for other in words if tokens[other] != tokens[at]]:
-                other = rng.choice(others)
-                tokens[at], tokens[other] = tokens[other], tokens[at]
+            drawn = rng.sample(words, min(len(words), _DRAWN))
+            other = next((x for x in drawn if tokens[x] != tokens[at]), at)
+            tokens[at], tokens[other] = tokens[other], tokens[at]
         return "".join(tokens)
 
     def delete(self, text: str, rng: Random, rate: float) -> str:

@@ -103,8 +103,8 @@ def _contents(figures: Figures) -> list[str]:
     sample = f", of {SAMPLE} rows" if len(figures.firsts) > SAMPLE else ""
     lines.append(f"different 1-grams and 2-grams (Chinese characters and words){sample}:")
     for side, distinct in figures.distinct.items():
-        one, two = distinct.shares()
-        lines.append(f"  {side}: {one:.1%} and {two:.1%} of all")
+        one, two = (f"{share:.1%}" if share else "none" for share in distinct.shares())
+        lines.append(f"  {side}: {one} and {two} of all")
     lines.append("languages:")
     for side, counts in figures.languages.items():
         named = (f"{name} {counts[name]}" for name in LANGUAGES if counts[name])

@@ -25,7 +25,7 @@ from glm2_jax.datasets.pairs import read_pair
 from glm2_jax.datasets.texts import Texts
 from glm2_jax.errors import InputError, UsageError
 from train.data.options import MAX_LENGTH, MIX_RATIO, DataOptions, split_weight
-from train.data.scan import COLUMNS, MAX_LISTED, Reading, cached_scan
+from train.data.scan import COLUMNS, MAX_LISTED, Reading, cached_scan, hash_origin
 
 MAX_SHOWN = 20  # bad rows that are shown without --check-data
 _RANGES = 20  # ranges of rows that a line lists
@@ -176,16 +176,21 @@ class Dataset:
         files = np.searchsorted(self._stops, np.arange(len(self)), side="right")
         return np.array(self._same, np.int64)[files] << 40 | self._columns["row"]
 
-    @property
     def origins(self) -> np.ndarray:
-        """uint64 [N], which row each one's row was made of, a hash; 0 = not augmented."""
-        return self._columns["origin"]
+        """Return uint64 [N]: which row the row of each sequence was made of, a hash; itself where
+        it is not augmented."""
+        _, first, row = np.unique(self.row_ids(), return_index=True, return_inverse=True)
+        own = np.array([hash_origin(self.source(n)) for n in first.tolist()], np.uint64)
+        given = self._columns["origin"]
+        return np.where(given == 0, own[row], given)
 
     def origin_ids(self) -> np.ndarray:
-        """Return int64 [N]: `row_ids`, but rows of one origin have the number of the first."""
-        ids, known = self.row_ids(), np.flatnonzero(self.origins)
-        found = np.unique(self.origins[known], return_index=True, return_inverse=True)
-        ids[known] = ids[known[found[1]]][found[2]]
+        """Return int64 [N]: `row_ids`, but rows of one origin, and the row that it names, have the
+        number of the first."""
+        ids = self.row_ids()
+        if self._columns["origin"].any():
+            _, first, which = np.unique(self.origins(), return_index=True, return_inverse=True)
+            ids = ids[first][which]
         return ids
 
     def first_of_rows(self) -> np.ndarray:

@@ -14,7 +14,6 @@ from glm2_jax.datasets import TEXT
 from train.data.dataset import Dataset
 from train.data.duplicates import Dialogues, normalized, repeats, signature_of
 from train.data.language import language_of, units
-from train.data.scan import hash_origin
 
 SIDES = {"user": "questions", "assistant": "answers", TEXT: "texts"}
 SAMPLE = 10_000  # rows whose n-grams are counted
@@ -46,7 +45,7 @@ class Figures:
 
     firsts: np.ndarray  # int64 [R], the first sequence of the row
     ids: np.ndarray  # int64 [R], as `Dataset.row_ids`
-    origins: np.ndarray  # uint64 [R], as `Dataset.origins`, or of the row itself
+    origins: np.ndarray  # uint64 [R], as `Dataset.origins`
     questions: np.ndarray  # uint64 [R], hashes of the user's texts, normalized
     texts: np.ndarray  # uint64 [R], hashes of all texts, normalized
     signatures: np.ndarray  # uint32 [R, 64], of all texts
@@ -69,7 +68,7 @@ def gather(dataset: Dataset) -> Figures:
     found = Figures(
         firsts=firsts,
         ids=dataset.row_ids()[firsts],
-        origins=dataset.origins[firsts],
+        origins=dataset.origins()[firsts],
         questions=np.zeros(len(firsts), np.uint64),
         texts=np.zeros(len(firsts), np.uint64),
         signatures=np.zeros((len(firsts), 64), np.uint32),
@@ -79,7 +78,6 @@ def gather(dataset: Dataset) -> Figures:
         for number, index in enumerate(firsts.tolist()):
             messages = dataset.messages(index)
             dialogues.add(messages)
-            found.origins[number] = found.origins[number] or hash_origin(dataset.source(index))
             normal = [(x["role"], normalized(x["content"])) for x in messages]
             texts = [text for _, text in normal]
             found.signatures[number] = signature_of("".join(texts))

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.arguments import path_argument, positive, whole
+from glm2_jax.cli.arguments import path_argument, positive, random_seed
 from glm2_jax.cli.messages import Progress, note
 from glm2_jax.cli.parser import Parser
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     add("--overwrite", action="store_true", help="replace that folder")
     add("--epochs", type=positive, metavar="N", default=100, help="passes over the questions")
     add("--lr", type=float, metavar="X", default=2e-3, help="highest learning rate")
-    add("--seed", type=whole, metavar="N", default=0, help="random seed")
+    add("--seed", type=random_seed, metavar="N", default=0, help="random seed")
     parser.add_common()
     args = parser.parse_args(argv)
     if not 0 < args.lr < 1:

@@ -10,6 +10,7 @@ from itertools import chain
 from glm2_jax.choices import DEVICES
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import choose_platform, whole
+from glm2_jax.cli.messages import speak_as
 from glm2_jax.cli.parser import Parser, add_flags, from_flags
 from glm2_jax.errors import UsageError
 from glm2_jax.extras import pip_install
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = find_gpus(args.jobs, args.device) if several else []
     if is_supervised():
         connect()
+        speak_as(f"job {args.job}")
     choose_platform("cpu" if several else args.device)
     if not several:
         take_gpu_share(find_budget(args.device), math.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.main import EXIT_DEVICE
+from glm2_jax.cli.messages import note
 from glm2_jax.errors import UsageError
 from glm2_jax.processes.supervise import Worker, pass_signals_on
 from glm2_jax.runtime.machine import find_nvidia
@@ -54,7 +56,13 @@ def run_jobs(words: Sequence[str], gpus: Sequence[str]) -> int:
         for number, gpu in enumerate(gpus)
     ]
     came = pass_signals_on(workers)
-    codes = [over.get().exit_code for _ in workers]
+    codes = []
+    for _ in workers:
+        worker = over.get()
+        codes.append(worker.exit_code)
+        if worker.exit_code < 0 and not came:  # it could not report why
+            name = signal.Signals(-worker.exit_code).name
+            note(f"job {workers.index(worker)} was terminated by {name}; --resume auto continues")
     if came:
         interrupt.tell(interrupt.exit_code(came[0]))
         return interrupt.exit_code(came[0])

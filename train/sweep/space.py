@@ -6,7 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from glm2_jax.cli.parser import Parser
 from glm2_jax.errors import UsageError, shorten
 from train.options import EvaluationOptions
 from train.recipe import NO_EFFECT, NOT_SETTINGS, name_of, read_settings
+from train.sweep.options import SweepOptions
 
 Point = Mapping[str, str]  # a value for each setting, as it is written in a recipe
-_RANGE = re.compile(r"([^:]+)\.\.([^:]+?)(:log)?(?::(\d+))?")
+_RANGE = re.compile(r"([^:]+)\.\.([^:]+?)(:log)?(?::([1-9]\d*))?")
 _USEFUL = {"data", "mix-data", "init-adapter"}  # they change the result, though not as flags do
 # With other values of these, the validation loss would measure something else.
 _MEASURE = {
@@ -66,7 +67,8 @@ def text(value: Any) -> str:
 def read_space(parser: Parser, given: Sequence[str]) -> Space:
     """Return the space that `--space` names, checked against the settings of a command; UsageError
     where it is empty or holds what cannot be searched."""
-    actions = {name_of(x): x for x in parser._actions if x.dest not in NOT_SETTINGS}
+    own = {field.name for field in fields(SweepOptions)} | {"job"}
+    actions = {name_of(x): x for x in parser._actions if x.dest not in {*NOT_SETTINGS, *own}}
     space: Space = {}
     for written in given:
         name, equals, values = written.partition("=")
@@ -107,7 +109,7 @@ def _axis(actions: Mapping[str, argparse.Action], name: str, written: Any) -> Ch
         ends = None
     if match and ends:
         found = _range(action, name, written, ends, log=match[3] is not None)
-        return found if match[4] is None else found.some(max(int(match[4]), 1))
+        return found if match[4] is None else found.some(int(match[4]))
     values = written.split(",") if isinstance(written, str) else written
     good = isinstance(values, list) and all(isinstance(x, str) and x.strip() for x in values)
     if not good or not values:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from glm2_jax.cli.arguments import above_zero, number, path_argument, whole
+from glm2_jax.cli.arguments import above_zero, number, path_argument, random_seed
 from glm2_jax.cli.parser import flag
 from glm2_jax.errors import UsageError
 from infer.bench.options import BenchSettings, count, lengths
@@ -88,7 +88,7 @@ class LoadSettings:
     temperature: float = flag(
         "temperature of the requests (0 = greedy)", type=number, default=0.0, metavar="T"
     )
-    seed: int = flag("random seed of the traffic", type=whole, default=0, metavar="N")
+    seed: int = flag("random seed of the traffic", type=random_seed, default=0, metavar="N")
     timeout: float = flag(
         "seconds until a request counts as failed", type=above_zero, default=600.0, metavar="S"
     )

@@ -3,6 +3,7 @@ does, and a choice is kept with those of inference."""
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -180,10 +181,22 @@ def test_a_training_longer_than_the_context_is_refused(command):
         command("--train", "1x65")
 
 
-def test_a_policy_of_a_later_version_is_not_read(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"products": 1.0', '"later": 1.0'),
+        ('"products": 1.0', '"products": 0'),
+        ('"products": 1.0', '"products": "1"'),
+        ('"usual": "none"', '"usual": "attention"'),
+        (r'"training": \[\s*\[\s*1', '"training": [[0'),
+    ],
+)
+def test_a_policy_of_a_later_version_or_a_changed_file_is_not_read(old, new, tmp_path):
     key = store.key_of(TOY, FLOAT32, CPU)
     path = store.keep(key, Tuned(training=(trained(1, 1),)), tmp_path / "forms.json")
     assert path is not None
-    path.write_text(path.read_text().replace('"products": 1.0', '"later": 1.0'))
+    text, count = re.subn(old, new, path.read_text())
+    assert count
+    path.write_text(text)
     with pytest.raises(Exception, match="holds no choice of forms"):
         store.read(path, key)

@@ -1,5 +1,6 @@
 """The methods that need no model: what they change, and what they never touch."""
 
+import time
 from random import Random
 
 import pytest
@@ -63,6 +64,16 @@ def test_numbers_names_code_and_special_tokens_stay(name):
 )  # fmt: skip
 def test_what_a_method_makes(method, text, expected):
     assert {METHODS[method](text, Random(seed), 0.1) for seed in range(200)} == expected
+
+
+def test_long_texts_without_spaces_take_linear_time():
+    """Text in base64, or quotation marks that are not closed, in a question."""
+    start = time.process_time()
+    for text in ("A" * 100_000, "a." * 50_000, "A_" * 50_000, "“" * 50_000, "天" * 50_000):
+        assert pieces(text)[0]
+        noise.typo(text, Random(0), 0.1)
+    WORDS.swap("one two " * 10_000, Random(0), 0.5)
+    assert time.process_time() - start < 10  # minutes where each place is searched to the end
 
 
 def test_the_rate_is_a_share_of_the_text():

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -179,15 +180,31 @@ def test_bad_rows(tmp_path, monkeypatch, capsys):
     assert "bad.jsonl:1 is alpaca, other.jsonl:1 is messages" in error.value.why
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "plain.txt").write_text("只有一篇文章。")
-    for name, message in (("empty.jsonl", "has no rows"), ("plain.txt", "no row can be used")):
+    (tmp_path / "none.json").write_text("[]")
+    for name, message in (("empty.jsonl", "has no rows"), ("plain.txt", "no row can be used"),
+                          ("none.json", "no row can be used")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             main(["--data", name, "--dry-run"])
 
 
-def test_nothing_is_written_where_writing_fails(data, monkeypatch):
-    def fail(path, content):
-        raise InputError("cannot write", "no space")
+def test_an_output_belongs_to_one_run(data, monkeypatch):
+    """Another run is refused when it starts, and a file that appears meanwhile is not replaced."""
+    flags = ["--data", data, "--output", "o.jsonl"]
+    read = running._read
 
-    monkeypatch.setattr(running, "replace_file", fail)
-    with pytest.raises(InputError, match="cannot write"):
-        main(["--data", data, "--output", "o.jsonl"])
+    def during(settings):
+        with pytest.raises(InputError, match="Another process is writing"):
+            running.run(settings)
+        with open("o.jsonl", "w") as file:
+            file.write("mine")
+        return read(settings)
+
+    monkeypatch.setattr(running, "_read", during)
+    with pytest.raises(UsageError, match="o.jsonl exists already"):
+        main(flags)
+    monkeypatch.setattr(running, "_read", lambda settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main([*flags, "--overwrite"])
+    assert sorted(os.listdir()) == ["data.jsonl", "o.jsonl"]
+    with open("o.jsonl") as file:
+        assert file.read() == "mine"

@@ -150,12 +150,18 @@ def test_a_split_keeps_the_rows_of_an_origin_together(tmp_path):
         [split(dataset, 0.3, seed) for seed in range(9)]
         + [split_fold(dataset, fold, 3, 0) for fold in range(3)]
     ):
-        origins = [set(part.origins.tolist()) - {0} for part in (learned, held)]
-        assert not origins[0] & origins[1] and len(origins[0] | origins[1]) == 5
+        origins = [set(part.origins().tolist()) for part in (learned, held)]
+        assert not origins[0] & origins[1] and len(origins[0] | origins[1]) == 10
         assert len(learned) + len(held) == 25
         assert number > 8 or len(set(held.origin_ids().tolist())) == 3
     plain = open_rows(tmp_path / "data", [alpaca(f"R{n}") for n in range(5)])
     assert (plain.origin_ids() == plain.row_ids()).all()
+    # The file that the rows were made of may be there, too.
+    old = write_rows(tmp_path / "old.jsonl", [alpaca(f"天{n}", "地") for n in "甲乙丙"])
+    made = [alpaca(f"天气{n}", "地", origin={"source": f"{old}:{n}"}) for n in (1, 3, 3, 9)]
+    both = open_files([old, write_rows(tmp_path / "made.jsonl", made), old])
+    first = both.origin_ids().tolist()
+    assert [first.index(x) for x in first] == [0, 1, 2, 0, 2, 2, 6, 0, 1, 2]
 
 
 def test_a_file_that_is_given_twice_is_reported_and_counted_once(tmp_path, capsys):
