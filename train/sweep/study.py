@@ -85,7 +85,9 @@ class Study:
         self._storage.remove_session()
         self._storage.engine.dispose()
         if isinstance(error, _STORAGE):  # the disk is full, or the file was changed
-            raise self._unusable(error, "Correct that, then continue with --resume auto.") from error
+            raise self._unusable(
+                error, "Correct that, then continue with --resume auto."
+            ) from error
 
     def _unusable(self, error: BaseException, fix: str) -> InputError:
         reason = str(error.__cause__ or error).splitlines()[0][:300]
