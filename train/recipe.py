@@ -179,5 +179,7 @@ def words_of(action: argparse.Action, name: str, value: Any, path: str) -> list[
     several = isinstance(action, argparse._AppendAction)
     values = value if several and isinstance(value, list) else [value]
     if not all(isinstance(value, str) and value for value in values):
-        raise UsageError(f"{path}: {name} cannot be {shorten(value)}.")
+        texts = isinstance(value, list) and value and all(isinstance(x, str) for x in value)
+        fix = f"Write one value, as on a command line: {','.join(value)[:100]}" if texts else ""
+        raise UsageError(f"{path}: {name} cannot be {shorten(value)}.", fix=fix)
     return [f"{flag}={value}" for value in values]

@@ -10,7 +10,7 @@ from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
 from infer.memory.budget import SPARE
 from infer.memory.precision import Precision
 from infer.memory.shortage import budget_of
-from infer.tuning.automatic import stored
+from infer.tuning.automatic import AUTO, OFF, stored
 from infer.tuning.measure import Tuned
 from infer.tuning.training import WITHOUT_MEASURING
 from train.data.batches import Batches
@@ -29,6 +29,8 @@ def find_tuned(recipe: Recipe, folder: Folder, devices: Devices) -> Tuned:
     CheckpointError for a file of another device or model.
     """
     if devices.mesh is not None:
+        if recipe.tuned not in (AUTO, OFF):
+            note(f"warning: --tuned {recipe.tuned} is not used, a choice is for one device")
         return Tuned()
     precision = precision_of(recipe, folder, devices)
     return stored(recipe.tuned, folder.config, precision, devices.first)

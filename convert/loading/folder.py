@@ -26,6 +26,7 @@ from convert.layouts.names import (
 from convert.layouts.packed import Packing, read_packing, unpack
 from convert.layouts.tokens import assumed_places, check_vocabulary, fit_tokenizer
 from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS
+from glm2_jax.cli.bundled import MODELS
 from glm2_jax.cli.files import refuse_url
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError, shorten
@@ -215,7 +216,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     raise explain_folder(folder) or CheckpointError(
         f"{folder} holds no config.json.",
         f"It holds {', '.join(names[:12])}." if names else "It is empty.",
-        "Give the folder of a checkpoint of the GLM family.",
+        f"It hides the bundled model {folder}: work in another folder, or rename it."
+        if str(folder) in MODELS
+        else "Give the folder of a checkpoint of the GLM family.",
     )
 
 

@@ -15,5 +15,6 @@ def find_bundled(path: str | os.PathLike[str], names: Mapping[str, str]) -> str:
     """Return where a bundled model, recipe or file of rows is: `path` may be one of `names`, or the
     place that this stands for. What exists at `path` comes first; other paths stay as they are."""
     path = os.fspath(path)
-    place = names.get(path, path)
+    place = path.rstrip("/")
+    place = names.get(place, place)
     return str(HOME / place) if place in names.values() and not os.path.lexists(path) else path

@@ -66,9 +66,7 @@ def main() -> None:
             "glm2 COMMAND --help lists the flags of a command.\n"
         )
     elif name == "--version":
-        from glm2_jax.cli.main import version
-
-        sys.stdout.write(f"{version()}\n")
+        _print_version()
     else:
         _unknown("glm2", name, list(COMMANDS))
 
@@ -76,10 +74,18 @@ def main() -> None:
 def list_tools(package: str) -> None:
     """Print the commands of a package, for `python -m infer`."""
     tools = {module: what for module, what in COMMANDS.values() if module.startswith(f"{package}.")}
+    if sys.argv[1:] == ["--version"]:
+        return _print_version()
     if len(sys.argv) > 1 and sys.argv[1] not in ("--help", "-h"):
         known = [module.partition(".")[2] for module in tools]
         _unknown(f"python -m {package}", sys.argv[1], known)
     sys.stdout.write(_lines({f"python -m {module}": what for module, what in tools.items()}))
+
+
+def _print_version() -> None:
+    from glm2_jax.cli.main import version
+
+    sys.stdout.write(f"{version()}\n")
 
 
 def _lines(commands: dict[str, str]) -> str:

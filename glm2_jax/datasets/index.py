@@ -16,6 +16,7 @@ import stat
 import tempfile
 import weakref
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from io import BufferedReader
 from typing import BinaryIO, NamedTuple
@@ -34,7 +35,6 @@ from glm2_jax.errors import InputError
 
 MAX_ROW = 16 * 2**20  # bytes; no model could learn from a longer row
 _PIECE = 1 << 20
-_BOM = b"\xef\xbb\xbf"
 _BLANKS = " \t\r\n"
 PACKED = {  # first bytes of files that are not read
     b"PK\x03\x04": (
@@ -85,7 +85,7 @@ class DataFile:
         opened.enter_context(self._file)
         self.size = os.fstat(self._file.fileno()).st_size  # in bytes, unpacked
         sample = os.pread(self._file.fileno(), _PIECE, 0)
-        self._start = len(_BOM) if sample.startswith(_BOM) else 0
+        self._start = len(BOM_UTF8) if sample.startswith(BOM_UTF8) else 0
         self.kind = self._kind(sample)  # "lines", "array", "csv", "parquet" or "text"
         self.by_line = self.kind != "parquet"  # whether all rows so far begin in different lines
         self.sha256 = ""  # of the contents, after all of `rows`

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import tempfile
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +22,6 @@ from glm2_jax.datasets.index import PACKED, DataFile
 from glm2_jax.datasets.tables import DELIMITERS, PARQUET
 from glm2_jax.errors import InputError
 
-_BOM = b"\xef\xbb\xbf"
 _START = 1 << 12  # bytes that are read to decide whether a file is plain text
 _PIECE = 1 << 20
 
@@ -73,7 +73,7 @@ def _has_rows(path: str, file: BinaryIO) -> bool:
     if is_table(path):
         return True
     start = os.pread(file.fileno(), _START, 0)
-    return start.removeprefix(_BOM).lstrip().startswith((b"{", b"[", PARQUET, *PACKED))
+    return start.removeprefix(BOM_UTF8).lstrip().startswith((b"{", b"[", PARQUET, *PACKED))
 
 
 def parse_row(row: Any, fmt: str = "auto") -> str | list[Message]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +15,6 @@ from glm2_jax.errors import InputError, shorten
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = b"PAR1"  # the first and last bytes of such a file
-_BOM = b"\xef\xbb\xbf"
 PIECE = 2**18  # bytes of a text after which its next line begins another piece
 _BATCH = 256  # rows of a Parquet file in memory at once
 
@@ -105,7 +105,7 @@ def _text_lines(file: BinaryIO, name: str, max_row: int) -> Iterator[str]:
         if len(line) > max_row:
             raise InputError(f"{name}:{number}: the line is longer than {max_row} bytes")
         try:
-            yield (line.removeprefix(_BOM) if number == 1 else line).decode("utf-8")
+            yield (line.removeprefix(BOM_UTF8) if number == 1 else line).decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{name}:{number}: not UTF-8", bad_byte(error), CONVERT) from None
 

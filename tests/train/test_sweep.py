@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy.exc
 
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.main import EXIT_DEVICE
@@ -300,6 +301,16 @@ def test_a_study_that_is_opened_again_tries_the_same_points(search, trials, tmp_
     found = points(tmp_path / "a", 99)
     assert len(found) == len({tuple(x.values()) for x in found}) == trials
     assert found == points(tmp_path / "b", 4)
+
+
+def test_a_study_that_cannot_be_written_is_an_error_of_the_disk(tmp_path):
+    options, space = SweepOptions(space=[]), {"x": Range(0, 1, False, False)}
+    with (
+        pytest.raises(InputError, match="disk is full(.|\n)*--resume auto"),
+        Study(tmp_path, space, options, {}, seed=0, resume="none"),
+    ):
+        cause = sqlalchemy.exc.OperationalError("x", {}, Exception("disk is full"))
+        raise optuna.exceptions.StorageInternalError("invalid data") from cause
 
 
 def test_hopeless_trials_are_pruned_and_the_good_ones_are_not(tmp_path):

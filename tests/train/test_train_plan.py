@@ -273,11 +273,12 @@ def test_attention_is_as_measured_and_stays_as_a_run_began(
     assert (config.forms == Forms()) == (chosen in (None, "usual"))
 
 
-def test_on_a_mesh_nothing_counts_that_another_process_may_not_have():
+def test_on_a_mesh_nothing_counts_that_another_process_may_not_have(capsys):
     recipe = lora.make_recipe(parse(lora.parser(), ["--data", "d", "--tuned", "missing.json"]))
     mesh: Any = object()
     folder = open_folder(demo_folder())
     assert remat.find_tuned(recipe, folder, Devices(device("cpu"), mesh)) == Tuned()
+    assert "--tuned missing.json is not used" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"missing.json holds no choice of forms"):
         remat.find_tuned(recipe, folder, Devices(device("cpu")))
 

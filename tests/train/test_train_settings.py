@@ -121,6 +121,7 @@ def test_bad_recipes_are_refused_in_a_line(parser, read, tmp_path, capsys):
         ("3: lr\n", UsageError, "3 is not a setting"),
         ("lr:\n", UsageError, "lr cannot be ''"),
         ("lr: [1e-4, 2e-4]\n", UsageError, "lr cannot be"),
+        ("target: [attn, mlp]\n", UsageError, "as on a command line: attn,mlp"),
         ("lr: 1\nlr: 2\n", InputError, "lr is given twice"),
         ("grad_accum: 1\ngrad-accum: 2\n", UsageError, "grad-accum is given twice"),
         ("pack: 3\n", UsageError, "pack must be true or false"),

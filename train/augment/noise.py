@@ -8,11 +8,11 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from functools import cache, partial
 from random import Random
-from typing import Any
 
-from train.augment.spans import change_free, free_places, pieces
+from train.augment.spans import NEGATIONS, NUMERALS, change_free, free_places, pieces
 from train.data.language import has_chinese
 
 _WIDE = 0xFEE0  # between a character of ASCII and its full-width form
@@ -26,7 +26,8 @@ def chosen(places: list[int], rng: Random, rate: float) -> list[int]:
 
 
 def typo(text: str, rng: Random, rate: float) -> str:
-    """Swap letters or Chinese characters with their neighbors, drop or repeat them."""
+    """Swap letters or Chinese characters with their neighbors, drop or repeat them; a negation is
+    not dropped."""
     free = free_places(text)
     characters, places = list(text), set(free)
     picked = dict.fromkeys(chosen(free, rng, rate))
@@ -34,7 +35,7 @@ def typo(text: str, rng: Random, rate: float) -> str:
         kind = rng.choice(("swap", "drop", "repeat"))
         if kind == "swap" and at + 1 in places and at + 1 not in picked:
             characters[at : at + 2] = characters[at + 1], characters[at]
-        elif kind == "drop" and len(free) > 1:
+        elif kind == "drop" and len(free) > 1 and characters[at] not in NEGATIONS:
             characters[at] = ""
         else:
             characters[at] *= 2
@@ -59,14 +60,16 @@ def homophone(text: str, rng: Random, rate: float) -> str:
 
 @cache
 def _by_syllable() -> dict[str, list[str]]:
-    """Return the 3755 characters of the first level of GB 2312 by their syllables."""
+    """Return the 3755 characters of the first level of GB 2312 by their syllables, but no
+    numerals."""
     from pypinyin import lazy_pinyin
 
     found: dict[str, list[str]] = defaultdict(list)
     for row in range(0xB0, 0xD8):
         characters = bytes(x for cell in range(0xA1, 0xFF) for x in (row, cell))
         for char in characters.decode("gb2312", "ignore"):
-            found[lazy_pinyin(char)[0]].append(char)
+            if char not in NUMERALS:
+                found[lazy_pinyin(char)[0]].append(char)
     return dict(found)
 
 
@@ -86,12 +89,13 @@ def width(text: str, rng: Random, rate: float) -> str:
 
 def script(text: str, rng: Random, rate: float) -> str:
     """Write simplified characters as traditional ones; a text in traditional ones as simplified."""
-    simplified = change_free(text, _converter("t2s").convert)
-    return simplified if simplified != text else change_free(text, _converter("s2tw").convert)
+    simplified = change_free(text, _converter("t2s"))
+    return simplified if simplified != text else change_free(text, _converter("s2tw"))
 
 
 @cache
-def _converter(config: str) -> Any:
+def _converter(config: str) -> Callable[[str], str]:
     from opencc import OpenCC
 
-    return OpenCC(config)
+    convert = OpenCC(config).convert
+    return lambda text: "\0".join(map(convert, text.split("\0")))  # it stops at a NUL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -23,6 +24,7 @@ from train.augment.checker import Checker
 from train.augment.options import WITH_MODEL, Settings
 from train.augment.report import Counts, examples, report
 from train.augment.rows import Row, read_row, with_texts
+from train.augment.spans import numbers
 from train.augment.templates import TEMPLATES, Templates
 from train.augment.words import SYNONYMS, Words, read_synonyms
 
@@ -130,12 +132,20 @@ def _changes(settings: Settings) -> dict[str, Change]:
     """Return the functions of the methods that need no model."""
     templates = Templates(settings.templates or TEMPLATES)
     words = Words(read_synonyms(settings.synonyms or SYNONYMS))
-    return {
+    found = {
         options.TYPO: noise.typo, options.HOMOPHONE: noise.homophone,
-        options.WIDTH: noise.width, options.SCRIPT: noise.script,
-        options.TEMPLATE: templates.wrap, options.SYNONYM: words.synonym,
+        options.WIDTH: noise.width, options.SCRIPT: noise.script, options.SYNONYM: words.synonym,
         options.SWAP: words.swap, options.DELETE: words.delete,
     }  # fmt: skip
+    found = {name: partial(_with_its_numbers, change) for name, change in found.items()}
+    return found | {options.TEMPLATE: templates.wrap}
+
+
+def _with_its_numbers(change: Change, text: str, rng: Random, rate: float) -> str:
+    """Return a changed text, or the text where its numbers would be others: 3 and 5 for two things
+    become 35 without the word between them."""
+    new = change(text, rng, rate)
+    return new if numbers(new) == numbers(text) else text
 
 
 def _read(settings: Settings) -> list[Row]:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from train.data.language import CODE, ZH, language_of
 
-_NUMERALS = "零〇一二三四五六七八九十百千万亿两"
+NUMERALS = "零〇一二三四五六七八九十百千万亿两"
+NEGATIONS = tuple("不没无非未勿别")
 # Each alternative fails at once inside what it failed on before: base64 and the like are long.
 _QUOTED = r"《[^《》\n]*》|“[^“”\n]*”|\"[^\"\n]*\"|「[^「」\n]*」|『[^『』\n]*』|`[^`\n]+`"
 _WORD = r"(?<![A-Za-z])[A-Za-z][A-Za-z0-9_+#-]*"
@@ -22,7 +23,7 @@ _NAME = (
     r"|(?<!^)(?<![.!?] )(?<![。！？\n])(?<![A-Za-z])[A-Z][A-Za-z0-9'’-]*"
     r"|(?<![A-Za-z])[A-Za-z]*(?:[a-z][A-Z]|[A-Za-z]-?\d)[A-Za-z0-9-]*"
 )
-_NUMBER = rf"\d[\d.,:/%]*|[{_NUMERALS}]+"
+_NUMBER = rf"\d[\d.,:/%]*|[{NUMERALS}]+"
 _KEPT = (
     r"```.*?(?:```|\Z)"
     r"|<[^<>\s]{1,40}>|\[[A-Za-z][\w ]{0,20}\]"  # special tokens, tags, blanks

@@ -17,7 +17,7 @@ from typing import Any
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError
 from train.augment.noise import chosen
-from train.augment.spans import pieces
+from train.augment.spans import NEGATIONS, pieces
 from train.data.language import CHINESE, has_chinese
 
 SYNONYMS = Path(__file__).with_name("synonyms.txt")
@@ -26,7 +26,6 @@ _ASKING = frozenset(
     "谁 哪 哪里 哪儿 哪个 哪些 什么 怎么 怎样 怎么样 为什么 多少 几 何 如何 是否 "
     "not no never nor without who whom whose what which where when why how".split()
 )
-_NEGATIONS = tuple("不没无非未勿别")
 _TOKEN = re.compile(rf"[A-Za-z]+(?:['’-][A-Za-z]+)*|[{CHINESE}]+|[^\W\d_]+|.", re.DOTALL)
 _DRAWN = 20  # words, of which the first other one changes places with a word
 _SEPARATORS = re.compile(r"\s*[,，、;；\t]\s*")
@@ -54,7 +53,7 @@ def read_synonyms(path: str | Path = SYNONYMS) -> dict[str, list[str]]:
 
 
 def _is_needed(word: str) -> bool:
-    return word in _ASKING or word.startswith(_NEGATIONS)
+    return word in _ASKING or word.startswith(NEGATIONS)
 
 
 class Words:

@@ -23,6 +23,7 @@ _IDENTITY, _JOB = "identity", "job"  # attributes of the study, and of a trial
 _ASKING = ".lock-next"  # held while a process chooses its next trial
 _FEW = 4  # complete trials, from which importance is computed
 _PATIENCE = 100  # seconds to wait while another process writes
+_STORAGE = optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError
 _REDUCTION = 3  # of so many trials one goes on
 ROUNDS = _REDUCTION**2  # evaluations of a run
 
@@ -71,9 +72,7 @@ class Study:
             )
             known = self._study.user_attrs.get(_IDENTITY)
         except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError) as error:
-            reason = str(error).splitlines()[0][:300]
-            fix = "Name another --output."
-            raise InputError(f"{self.path} cannot be used as a study", reason, fix) from error
+            raise self._unusable(error, "Name another --output.") from error
         if known is None:
             self._study.set_user_attr(_IDENTITY, dict(identity))
         else:
@@ -82,9 +81,17 @@ class Study:
     def __enter__(self) -> Study:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._storage.remove_session()
         self._storage.engine.dispose()
+        if isinstance(error, _STORAGE):  # the disk is full, or the file was changed
+            raise self._unusable(
+                error, "Correct that, then continue with --resume auto."
+            ) from error
+
+    def _unusable(self, error: BaseException, fix: str) -> InputError:
+        reason = str(error.__cause__ or error).splitlines()[0][:300]
+        return InputError(f"{self.path} cannot be used as a study", reason, fix)
 
     def _check(self, known: Mapping[str, Any], identity: Mapping[str, Any], resume: str) -> None:
         changed = [

@@ -43,7 +43,7 @@ def test_all_names_stand_for_files_that_are_installed():
 
 def test_what_the_user_has_comes_first(tmp_path):
     assert find_bundled("demo", MODELS) == find_bundled("infer/demo", MODELS)
-    assert find_bundled("demo", MODELS) == str(HOME / "infer/demo")
+    assert find_bundled("demo", MODELS) == str(HOME / "infer/demo") == find_bundled("demo/", MODELS)
     for other in ("", "Demo", "./demo", "pairs", "train/demo", "train/demo/data.py", "demo\0"):
         assert find_bundled(other, MODELS | ROWS) == other
     (tmp_path / "demo").mkdir()
@@ -60,6 +60,9 @@ def test_a_model(capsys):
         find_model("demo", source="hf")
     with pytest.raises(CheckpointError, match="directory not found: dem "):
         inspect.main(["dem"])
+    os.mkdir("demo")
+    with pytest.raises(CheckpointError, match="(?s)demo holds no config.*hides the bundled model"):
+        inspect.main(["demo"])
 
 
 def test_rows_are_read_by_the_name_that_the_docs_show():

@@ -78,6 +78,9 @@ def test_a_package_lists_its_tools(monkeypatch, capsys):
         commands.list_tools(package)
         lines = capsys.readouterr().out.splitlines()
         assert lines and all(line.startswith(f"  python -m {package}.") for line in lines)
+    monkeypatch.setattr(sys, "argv", ["infer", "--version"])
+    commands.list_tools("infer")
+    assert capsys.readouterr().out.startswith("glm2-jax ")
     monkeypatch.setattr(sys, "argv", ["infer", "nothing"])
     with pytest.raises(SystemExit, match="2"):
         commands.list_tools("infer")

@@ -124,3 +124,20 @@ def test_lines_of_native_code_in_a_process_of_several(tmp_path):
          "-c", code], cwd=ROOT, capture_output=True, timeout=60,
     )  # fmt: skip
     assert done.stderr == b"\\x1b]0;title\\x07 said\n"
+
+
+def test_one_of_several_processes_says_which_it_is(monkeypatch, capsys):
+    for name in ("_prefix", "_silent"):
+        monkeypatch.setattr(messages, name, getattr(messages, name))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    messages.speak_as("job 1")
+    messages.note("begun")
+    with messages.Progress("rows", 2, interval=0) as bar:
+        bar(2)
+    messages.complain("error: what", "why")
+    err = capsys.readouterr().err
+    assert all(line.startswith("job 1: ") for line in err.splitlines()) and err.count("\n") == 4
+    messages.only_errors("process 1")
+    messages.note("unheard")
+    messages.complain("why")
+    assert capsys.readouterr().err == "process 1: why\n"

@@ -53,6 +53,23 @@ def test_new_rows_follow_the_old_ones(data, capsys):
     assert lines("b.jsonl") != rows
 
 
+def test_numbers_do_not_run_into_each_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "a.jsonl", [alpaca("3个5")])
+    flags = [
+        "--data",
+        "a.jsonl",
+        "--methods",
+        "typo,delete",
+        "--per-row",
+        "9",
+        "--output",
+        "o.jsonl",
+    ]
+    assert main(flags) == 0
+    assert [row["instruction"] for row in lines("o.jsonl")] == ["3个5", "3个个5"]
+
+
 def test_reports(data, capsys, monkeypatch):
     flags = ["--data", data, "--methods", "typo,script"]
     assert main([*flags, "--dry-run", "--json"]) == 0
