@@ -6,6 +6,8 @@ Names are imported when they are first used, so that `--help` does not wait for 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from glm2_jax.extras import require_packages
+
 if TYPE_CHECKING:  # "as": a public name of this package
     from convert.files.manifest import verify_checkpoint as verify_checkpoint
     from convert.loading.checkpoint import Checkpoint as Checkpoint
@@ -25,6 +27,8 @@ _MODULES = {
     "writing.own": "save_checkpoint",
     "writing.pytorch": "export_folder",
 }
+
+require_packages()
 
 
 def __getattr__(name: str) -> Any:

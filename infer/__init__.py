@@ -6,6 +6,8 @@ Names are imported when they are first used, so that `--help` does not wait for 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from glm2_jax.extras import require_packages
+
 if TYPE_CHECKING:
     from infer.engine.answer import Completion
     from infer.engine.engine import Engine
@@ -20,6 +22,8 @@ _MODULES = {
     "SamplingParams": "engine.params",
     "load": "engine.load",
 }
+
+require_packages()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,11 @@
 """The commands that install what only some commands need."""
 
 import re
+import subprocess
+import sys
 import tomllib
+
+import pytest
 
 from glm2_jax.extras import PACKAGES, pip_install
 from tests.project.test_layers import FLOORS
@@ -25,3 +29,12 @@ def test_nothing_names_a_package_that_no_index_has():
     ]  # fmt: skip
     assert len(paths) > 100
     assert [path for path in paths if "glm2-jax[" in path.read_text("utf-8")] == []
+
+
+@pytest.mark.parametrize("command", ["infer.generate", "train.lora", "convert.inspect"])
+def test_a_command_without_the_packages_says_what_to_do(command):
+    argv = [sys.executable, "-S", "-m", command, "--help"]  # -S: as if nothing were installed
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[0].endswith("jax, flax, sentencepiece, yaml") and len(lines) == 3

@@ -16,6 +16,10 @@ DOCS = ROOT / "docs"
 LINK = re.compile(r"\]\([^)]*\)")
 BLOCK = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 CHINESE = sorted(DOCS.rglob("*.zh.md"))
+NAMED = re.compile(
+    r"(?<![\w/.-])((?:benchmarks|convert|examples|glm2_jax|infer|tests|train)/[\w/.*-]*\w)"
+)
+"""A file or folder of the repository, in a sentence or a command."""
 
 
 def anchors(path: Path) -> set[str]:
@@ -86,3 +90,10 @@ def test_the_figures_of_the_generations():
     assert cells["cache a token, 16 bits"] == " | ".join(cache)
     layers = [f"{config.num_layers} x {config.hidden_size}" for config in (english, *chat)]
     assert cells["layers x width"] == " | ".join(layers)
+
+
+def test_files_that_pages_and_notebooks_name_exist():
+    top = [ROOT / name for name in ("README.md", "README_zh.md", "CONTRIBUTING.md")]
+    for path in [*top, *DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]:
+        for name in NAMED.findall(path.read_text(encoding="utf-8")):
+            assert any(ROOT.glob(name)), (path, name)
