@@ -185,8 +185,7 @@ def _load_frozen(
     folder: Folder, recipe: Recipe, devices: Devices, progress: Progress, load: Load
 ) -> Checkpoint:
     """Load a base that is not trained, its layers in the form that trains faster."""
-    remat = recipe.training.grad_checkpoint
-    assert remat is not None
+    remat = recipe.training.grad_checkpoint or "none"
     on_mesh = devices.mesh is not None
     layers = layers_to_train(devices.first.platform, remat, on_mesh=on_mesh)
     return load(folder, dataclasses.replace(recipe.choice, layers=layers), devices, progress)

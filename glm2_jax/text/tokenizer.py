@@ -331,7 +331,7 @@ def _read_file(path: Path, family: str | None) -> bytes:
     if path.is_dir():
         raise CheckpointError(
             f"The tokenizer {path} cannot be read.",
-            "It is a folder.",
+            "It is a folder, not a plain file.",
             f"Name the {name} in it; for the tokens that the folder adds to that file, use "
             "convert.open_folder(folder).tokenizer.",
         )
