@@ -1,5 +1,6 @@
 """Settings every test and every process it starts needs, made before jax is imported."""
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,10 @@ if version("jaxlib").startswith("0.10."):  # later ones have no other emitter of
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 # Several processes of the tests may ask the compiler for TPUs at once; none of them has a chip.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+# Programs that were compiled are millions of objects; looking through them for garbage as often as
+# Python does took a tenth of the time.
+gc.set_threshold(50_000, 20, 100)
 
 # Files that compile much or start processes; `pytest -m fast` does not even import them.
 SLOW = {

@@ -146,7 +146,7 @@ def test_the_official_recipe_is_the_default(capsys):
     args = ["--dry-run", "--model", "chatglm2-6b", "--device", "3090", "--max-length", "193"]
     assert prefix.main([*args, "--grad-checkpoint", "--quantize-base", "int4"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "a prefix of 128 tokens" in text and "1 rows of 193 tokens" in text
+    assert "a prefix of 128 tokens" in text and "1 row of 193 tokens" in text
     assert "16 micro-batches per step" in text
     sizes = [memory.NewPrefix(128, projection, 0.1) for projection in (False, True)]
     found = [memory.abstract_adapter(PRESETS["chatglm2-6b"], size) for size in sizes]
