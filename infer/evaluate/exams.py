@@ -27,7 +27,8 @@ from glm2_jax.cli.messages import note
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.datasets.rows import read_rows
 from glm2_jax.errors import InputError
-from infer.evaluate.rows import CHINESE, BadRows
+from glm2_jax.text.chinese import CHINESE
+from infer.evaluate.rows import BadRows
 
 LETTERS = ("A", "B", "C", "D")
 _COLUMNS = ("question", "a", "b", "c", "d", "answer")

@@ -16,7 +16,7 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from infer.evaluate.rows import CHINESE
+from glm2_jax.text.chinese import CHINESE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

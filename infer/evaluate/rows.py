@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +12,6 @@ from glm2_jax.errors import InputError
 Parsed = TypeVar("Parsed")
 
 BUNDLED = "bundled sample"
-CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]")
 _SAMPLE = Path(__file__).parent / "sample.jsonl"
 
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError
+from glm2_jax.text.chinese import RANGES
 from train.augment.noise import chosen
 from train.augment.spans import NEGATIONS, pieces
-from train.data.language import CHINESE, has_chinese
+from train.data.language import has_chinese
 
 SYNONYMS = Path(__file__).with_name("synonyms.txt")
 # Without these a text asks for something else.
@@ -26,7 +27,7 @@ _ASKING = frozenset(
     "谁 哪 哪里 哪儿 哪个 哪些 什么 怎么 怎样 怎么样 为什么 多少 几 何 如何 是否 "
     "not no never nor without who whom whose what which where when why how".split()
 )
-_TOKEN = re.compile(rf"[A-Za-z]+(?:['’-][A-Za-z]+)*|[{CHINESE}]+|[^\W\d_]+|.", re.DOTALL)
+_TOKEN = re.compile(rf"[A-Za-z]+(?:['’-][A-Za-z]+)*|[{RANGES}]+|[^\W\d_]+|.", re.DOTALL)
 _DRAWN = 20  # words, of which the first other one changes places with a word
 _SEPARATORS = re.compile(r"\s*[,，、;；\t]\s*")
 

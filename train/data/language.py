@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-CHINESE = r"\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
-_UNIT = re.compile(rf"[{CHINESE}]|[^\W_{CHINESE}]+(?:['’-][^\W_{CHINESE}]+)*")
-_CHINESE = re.compile(rf"[{CHINESE}]")
+from glm2_jax.text.chinese import CHINESE, RANGES
+
+_UNIT = re.compile(rf"[{RANGES}]|[^\W_{RANGES}]+(?:['’-][^\W_{RANGES}]+)*")
 _LETTERS = r"A-Za-z\u00c0-\u024f"
 _LATIN = re.compile(rf"[{_LETTERS}]+(?:['’-][{_LETTERS}]+)*")
-_OTHERS = re.compile(rf"[^\W\d_{_LETTERS}{CHINESE}]+")
+_OTHERS = re.compile(rf"[^\W\d_{_LETTERS}{RANGES}]+")
 _FENCE = re.compile(r"^ *```", re.MULTILINE)
 # A line that ends like a statement, or begins like one of Python, C, SQL or a shell.
 _CODE = re.compile(
@@ -23,7 +23,7 @@ LANGUAGES = (ZH, EN, MIXED, CODE, OTHER)
 
 def has_chinese(text: str) -> bool:
     """Return whether a text has Chinese characters."""
-    return bool(_CHINESE.search(text))
+    return bool(CHINESE.search(text))
 
 
 def units(text: str) -> list[str]:
@@ -42,7 +42,7 @@ def language_of(text: str) -> str:
     if _FENCE.search(text) or sum(bool(_CODE.search(x)) for x in lines) * 2 >= max(len(lines), 1):
         return CODE
     counts = {
-        ZH: len(_CHINESE.findall(text)),
+        ZH: len(CHINESE.findall(text)),
         EN: len(_LATIN.findall(text)),
         OTHER: len(_OTHERS.findall(text)),
     }

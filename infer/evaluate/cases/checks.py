@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from glm2_jax.errors import UsageError, shorten
 from glm2_jax.extras import pip_install
+from glm2_jax.text.chinese import CHINESE
 from infer.evaluate.generation import open_metrics
-from infer.evaluate.rows import CHINESE
 
 SHARE = 0.5  # of the text that must be in the language
 _NEEDED = object()

@@ -13,11 +13,11 @@ import numpy as np
 
 from glm2_jax.cli.messages import note
 from glm2_jax.errors import InputError
+from glm2_jax.text.chinese import CHINESE
 from glm2_jax.text.prompt import with_blank
 from infer.evaluate.choice import letter_ids, letter_logits
 from infer.evaluate.generation import checked
 from infer.evaluate.rate.sheet import AB, CRITERIA, Item, Sheet
-from infer.evaluate.rows import CHINESE
 
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
