@@ -128,7 +128,7 @@ def run(settings: Settings) -> int:
 def _measured(
     settings: Settings, config: GLMConfig, precision: Precision, device: Any, known: Tuned
 ) -> Tuned:
-    """Return what is known already with what the flags say measured anew."""
+    """Return what is known already, and measure again what the flags name."""
     from glm2_jax.runtime.devices import faster_layers
     from infer.tuning.measure import tune
     from infer.tuning.training import tune_training

@@ -52,7 +52,7 @@ def most_likely(logits, keys, counts, rows, allowed=None):
 
 
 def test_the_report_of_an_idea_that_drafts(monkeypatch, tmp_path, capsys, request):
-    request.addfinalizer(jax.clear_caches)  # traces with another sampler are for nobody else
+    request.addfinalizer(jax.clear_caches)  # other tests must not get traces with another sampler
     monkeypatch.setattr(run, "open_engine", toy_lab_engine)
     monkeypatch.setattr(steps, "sample", most_likely)
     monkeypatch.setattr(steps, "token_logprobs", lambda *_: None)
