@@ -346,8 +346,11 @@ def test_copying(page, mock, secure):
     page.ask("question")
     if not secure:
         page.tab.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
-    for label, text in {"Copy code": 'print("hi")\n', "Copy answer": MARKDOWN}.items():
+    copied = page.tab.locator("#spoken p", has_text="Copied")
+    texts = {"Copy code": 'print("hi")\n', "Copy answer": MARKDOWN}
+    for number, (label, text) in enumerate(texts.items()):
         page.tab.click(f"{LAST} [aria-label='{label}']")
+        copied.nth(number).wait_for(state="attached")  # the browser copies in its own time
         page.tab.focus("#input")
         page.tab.keyboard.press("Control+V")
         assert page.tab.input_value("#input") == text
